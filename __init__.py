@@ -1,0 +1,22 @@
+"""Z-Image-Turbo for ComfyUI. The entry point of the pack: its nodes, its routes, its web folder."""
+
+from comfy_api.latest import ComfyExtension
+
+from server import PromptServer
+
+from .nodes import NODES
+from .server.routes import add_health
+
+WEB_DIRECTORY = "./web"
+
+
+class ZImageTurboExtension(ComfyExtension):
+    async def on_load(self) -> None:
+        add_health(PromptServer.instance)
+
+    async def get_node_list(self) -> list:
+        return NODES
+
+
+async def comfy_entrypoint() -> ComfyExtension:
+    return ZImageTurboExtension()

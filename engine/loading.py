@@ -1,0 +1,22 @@
+"""The three models of Z-Image-Turbo, loaded together and held against each other."""
+
+import folder_paths
+import torch
+
+from .catalogue import Parts
+from .checkpoint import CheckpointError
+from .model import caption_width, load_model
+from .text import hidden_size, load_text_encoder
+from .vae import load_vae
+
+
+def load(parts: Parts, precision: str, device: torch.device | None) -> tuple:
+    """MODEL, CLIP and VAE. Raises CheckpointError, also when two of them do not fit together."""
+    patcher = load_model(parts.diffusion_model, precision, device)
+    clip = load_text_encoder(parts.text_encoder, device, folder_paths.get_folder_paths("embeddings"))
+    if hidden_size(clip) != caption_width(patcher):
+        raise CheckpointError(
+            f"text_encoder '{parts.text_encoder.name}' puts out {hidden_size(clip)} values a token, the diffusion model "
+            f"'{parts.diffusion_model.name}' takes {caption_width(patcher)}. Set text_encoder to 'auto'."
+        )
+    return patcher, clip, load_vae(parts.vae, device)

@@ -1,0 +1,9 @@
+"""What the graph editor sees: one V3 node a file."""
+
+from .health import ZImageTurboHealth
+from .loader import ZImageTurboLoader
+from .sampler import ZImageTurboSampler
+from .sigmas import ZImageTurboSigmas
+from .text_encoder import ZImageTurboTextEncode
+
+NODES = [ZImageTurboLoader, ZImageTurboTextEncode, ZImageTurboSampler, ZImageTurboSigmas, ZImageTurboHealth]

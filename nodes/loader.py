@@ -1,0 +1,74 @@
+"""Z-Image-Turbo Loader: three models from files, a diffusers folder, or the demo."""
+
+from comfy_api.latest import io
+
+from ..engine import catalogue, devices
+from ..engine.loading import load
+from ..engine.model import PRECISIONS
+
+
+class ZImageTurboLoader(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="ZImageTurboLoader",
+            display_name="Z-Image-Turbo Loader",
+            category="Z-Image-Turbo",
+            description="Loads the diffusion model, text encoder and VAE of Z-Image-Turbo. On 'auto', it takes the "
+            "official files if they are in the models folder, else the built-in demo.",
+            search_aliases=["z-image", "zimage", "turbo", "unet loader", "load diffusion model"],
+            inputs=[
+                io.Combo.Input(
+                    "diffusion_model",
+                    options=catalogue.options("diffusion_model"),
+                    default=catalogue.AUTO,
+                    tooltip="A file in models/diffusion_models, a Z-Image folder in models/diffusers, or the demo. "
+                    "'auto': z_image_turbo_bf16.safetensors if it is there, else the demo.",
+                ),
+                io.Combo.Input(
+                    "text_encoder",
+                    options=catalogue.options("text_encoder"),
+                    default=catalogue.AUTO,
+                    tooltip="A Qwen3-4B file in models/text_encoders. 'auto': the one that belongs to the "
+                    "diffusion model.",
+                ),
+                io.Combo.Input(
+                    "vae",
+                    options=catalogue.options("vae"),
+                    default=catalogue.AUTO,
+                    tooltip="A Flux-type VAE in models/vae. 'auto': the one that belongs to the diffusion model.",
+                ),
+                io.Combo.Input(
+                    "precision",
+                    options=list(PRECISIONS),
+                    default="auto",
+                    tooltip="The type that the diffusion model is held and computed in. 'auto': as stored, computed in "
+                    "what the device does best. fp16 is for GPUs before Ampere. A processor computes in fp32.",
+                ),
+                io.Combo.Input(
+                    "device",
+                    options=devices.options(),
+                    default=devices.AUTO,
+                    advanced=True,
+                    tooltip="Where the three models run. 'auto' lets ComfyUI choose.",
+                ),
+            ],
+            outputs=[
+                io.Model.Output(tooltip="The diffusion model. Every stock node that takes a MODEL takes it."),
+                io.Clip.Output(tooltip="The text encoder. Every stock node that takes a CLIP takes it."),
+                io.Vae.Output(tooltip="The VAE. Every stock node that takes a VAE takes it."),
+            ],
+        )
+
+    @classmethod
+    def validate_inputs(cls, diffusion_model):
+        return catalogue.problem("diffusion_model", diffusion_model) or True
+
+    @classmethod
+    def fingerprint_inputs(cls, diffusion_model, text_encoder, vae, precision, device):
+        return catalogue.resolve(diffusion_model, text_encoder, vae).fingerprint()
+
+    @classmethod
+    def execute(cls, diffusion_model, text_encoder, vae, precision, device) -> io.NodeOutput:
+        parts = catalogue.resolve(diffusion_model, text_encoder, vae)
+        return io.NodeOutput(*load(parts, precision, devices.resolve(device)))

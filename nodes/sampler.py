@@ -1,0 +1,86 @@
+"""Z-Image-Turbo Sampler: the official schedule of eight evaluations, from a prompt to a latent."""
+
+from comfy_api.latest import io
+
+from ..engine import ode, sampling
+
+MAX_SIDE = 4096
+
+
+class ZImageTurboSampler(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="ZImageTurboSampler",
+            display_name="Z-Image-Turbo Sampler",
+            category="Z-Image-Turbo",
+            description="Draws a latent in eight steps by the official schedule: shift 3, guidance off.",
+            search_aliases=["ksampler", "z-image sampler", "turbo sampler"],
+            inputs=[
+                io.Model.Input("model", tooltip="A Z-Image-Turbo model, from our loader or a stock one."),
+                io.Conditioning.Input(
+                    "positive", tooltip="The encoded prompt. A negative prompt has no effect without guidance."
+                ),
+                io.Int.Input(
+                    "seed",
+                    default=0,
+                    min=0,
+                    max=0xFFFFFFFFFFFFFFFF,
+                    control_after_generate=True,
+                    tooltip="The noise that the picture starts from. The same seed and inputs give the same picture.",
+                ),
+                io.Int.Input(
+                    "steps",
+                    default=ode.NFE,
+                    min=1,
+                    max=100,
+                    tooltip="Model evaluations (NFE). The model is distilled for 8; more rarely helps.",
+                ),
+                io.Float.Input(
+                    "denoise",
+                    default=1.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    tooltip="1 draws anew. Below 1, with a latent_image, keeps that much less of the given picture.",
+                ),
+                io.Int.Input(
+                    "width",
+                    default=0,
+                    min=0,
+                    max=MAX_SIDE,
+                    step=sampling.SIZE_STEP,
+                    tooltip="Width in pixels, a multiple of 16. 0: the size that the model was trained at. "
+                    "Not used with a latent_image.",
+                ),
+                io.Int.Input(
+                    "height",
+                    default=0,
+                    min=0,
+                    max=MAX_SIDE,
+                    step=sampling.SIZE_STEP,
+                    tooltip="Height in pixels, a multiple of 16. 0: the size that the model was trained at. "
+                    "Not used with a latent_image.",
+                ),
+                io.Int.Input(
+                    "batch_size",
+                    default=1,
+                    min=1,
+                    max=64,
+                    tooltip="Pictures drawn at once, each from noise of its own. Not used with a latent_image.",
+                ),
+                io.Latent.Input(
+                    "latent_image",
+                    optional=True,
+                    tooltip="An encoded picture to start from (image to image), or an empty latent.",
+                ),
+            ],
+            outputs=[io.Latent.Output(tooltip="The drawn latent, for VAE Decode.")],
+        )
+
+    @classmethod
+    def execute(
+        cls, model, positive, seed, steps, denoise, width, height, batch_size, latent_image=None
+    ) -> io.NodeOutput:
+        latent = latent_image or sampling.empty_latent(model, width, height, batch_size)
+        return io.NodeOutput(sampling.sample(model, positive, latent, seed, ode.sigmas(steps, denoise)))

@@ -1,0 +1,1 @@
+"""Around ComfyUI's server: health."""

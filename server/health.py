@@ -1,0 +1,101 @@
+"""The state of the server as one document: what runs, what it runs on, what went wrong last."""
+
+import threading
+import time
+
+import comfy.model_management as management
+import psutil
+import torch
+from comfy_execution.progress import NodeState, get_progress_state
+from comfyui_version import __version__ as comfyui_version
+
+from .gpus import gpu_memory
+
+VERSION = "0.1.0"
+_MIB = 1024 * 1024
+
+
+def document(server) -> dict:
+    """JSON-ready state. ``status`` is 'ok' or 'error', the latter with a ``reason``; ``uptime`` is in seconds."""
+    reason = fault()
+    return {
+        "status": "error" if reason else "ok",
+        **({"reason": reason} if reason else {}),
+        "uptime": round(time.time() - psutil.Process().create_time(), 1),
+        "version": VERSION,
+        "comfyui": comfyui_version,
+        "torch": torch.__version__,
+        "device": str(management.get_torch_device()),
+        "loaded_models": loaded_models(),
+        "memory": memory(),
+        "queue": queue(server),
+        "last_error": last_error(server.prompt_queue),
+    }
+
+
+def fault() -> str | None:
+    """Why no prompt can be run, or None."""
+    if not any("prompt_worker" in thread.name for thread in threading.enumerate()):
+        return "The prompt worker is not running: it starts, or it has died. If this stays, restart ComfyUI."
+    if torch.cuda.is_available():
+        try:
+            torch.cuda.mem_get_info()
+        except RuntimeError as error:  # after a kernel fault every CUDA call of the process fails
+            return f"CUDA does not answer: {str(error).splitlines()[0]} Restart ComfyUI."
+    return None
+
+
+def loaded_models() -> list[dict]:
+    """The models that the host holds: class, device, bytes held there and in all, in MiB."""
+    return [
+        {
+            "model": type(entry.model.model).__name__,
+            "device": str(entry.device),
+            "loaded_mib": round(entry.model_loaded_memory() / _MIB),
+            "size_mib": round(entry.model_memory() / _MIB),
+        }
+        for entry in list(management.current_loaded_models)
+        if entry.model is not None
+    ]
+
+
+def memory() -> dict:
+    """Bytes in MiB: this process and the machine's RAM, and each GPU as its driver sees it."""
+    ram = psutil.virtual_memory()
+    return {
+        "process_mib": round(psutil.Process().memory_info().rss / _MIB),
+        "ram_available_mib": round(ram.available / _MIB),
+        "ram_total_mib": round(ram.total / _MIB),
+        "gpus": gpu_memory(),
+    }
+
+
+def queue(server) -> dict:
+    """How many prompts run and wait, and how far the running one's node is."""
+    running, waiting = server.prompt_queue.get_current_queue_volatile()
+    state = {"running": len(running), "pending": len(waiting)}
+    if running:
+        _, prompt_id, prompt, *_ = running[0]
+        state["current"] = {"prompt_id": prompt_id, **_current_node(prompt)}
+    return state
+
+
+def _current_node(prompt: dict) -> dict:
+    for node_id, progress in list(get_progress_state().nodes.items()):
+        if progress["state"] is NodeState.Running and node_id in prompt:
+            return {"node": prompt[node_id]["class_type"], "progress": [progress["value"], progress["max"]]}
+    return {}
+
+
+def last_error(prompt_queue) -> dict | None:
+    """The most recent failed prompt in the history: node, message and time in seconds since 1970."""
+    for prompt_id, entry in reversed(list(prompt_queue.get_history(max_items=100).items())):
+        for event, details in (entry.get("status") or {}).get("messages", []):
+            if event == "execution_error":
+                return {
+                    "prompt_id": prompt_id,
+                    "node": details.get("node_type"),
+                    "error": details.get("exception_message", "").strip(),
+                    "time": details.get("timestamp", 0) / 1000,
+                }
+    return None

@@ -16,7 +16,7 @@ def load(parts: Parts, precision: str, device: torch.device | None) -> tuple:
     clip = load_text_encoder(parts.text_encoder, device, folder_paths.get_folder_paths("embeddings"))
     if hidden_size(clip) != caption_width(patcher):
         raise CheckpointError(
-            f"text_encoder '{parts.text_encoder.name}' puts out {hidden_size(clip)} values a token, the diffusion model "
+            f"text_encoder '{parts.text_encoder.name}' gives {hidden_size(clip)} values a token, the diffusion model "
             f"'{parts.diffusion_model.name}' takes {caption_width(patcher)}. Set text_encoder to 'auto'."
         )
     return patcher, clip, load_vae(parts.vae, device)

@@ -64,7 +64,7 @@ def _host_names(weights: StateDict, metadata: dict) -> tuple[StateDict, dict]:
 def _host_config(weights: StateDict, metadata: dict, label: str):
     """The host's description of the model; for a width other than the official one, read off the weights."""
     embedder = weights.get("cap_embedder.1.weight")
-    if embedder is None or "cap_pad_token" not in weights or "layers.0.adaLN_modulation.0.weight" not in weights:
+    if embedder is None or "cap_pad_token" not in weights or "noise_refiner.0.adaLN_modulation.0.weight" not in weights:
         raise CheckpointError(
             f"'{label}' is not a Z-Image-Turbo diffusion model: its weights are those of another architecture. "
             f"Choose {OFFICIAL_FILE} or another Z-Image file from models/diffusion_models."
@@ -80,7 +80,7 @@ def _host_config(weights: StateDict, metadata: dict, label: str):
 def _small_config(weights: StateDict, label: str) -> dict:
     try:
         caption = weights["cap_embedder.1.weight"]
-        head = weights["layers.0.attention.q_norm.weight"].shape[0]
+        head = weights["noise_refiner.0.attention.q_norm.weight"].shape[0]
         width, layers = caption.shape[0], comfy.model_detection.count_blocks(weights, "layers.{}.")
         return {
             "image_model": "lumina2",
@@ -99,7 +99,7 @@ def _small_config(weights: StateDict, label: str) -> dict:
             "time_scale": 1000.0,
             "z_image_modulation": True,
             "pad_tokens_multiple": 32,
-            "ffn_dim_multiplier": weights["layers.0.feed_forward.w1.weight"].shape[0] / width,
+            "ffn_dim_multiplier": weights["noise_refiner.0.feed_forward.w1.weight"].shape[0] / width,
         }
     except KeyError as error:
         raise CheckpointError(f"'{label}' lacks the weight {error}. It is incomplete: download it again.") from error

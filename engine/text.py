@@ -89,7 +89,7 @@ def check_prompt(text: str) -> None:
     for place, character in enumerate(text):
         if character not in "\t\n\r" and unicodedata.category(character) in ("Cc", "Cs"):
             raise ValueError(
-                f"text has the control character U+{ord(character):04X} at position {place}, which cannot be drawn. Delete it."
+                f"text has the control character U+{ord(character):04X} at position {place}. It cannot be drawn: delete it."
             )
 
 

@@ -1,28 +1,29 @@
 """The pack's routes on ComfyUI's server."""
 
 import asyncio
-import logging
 
 from aiohttp import web
 
 from .health import document
 
-PATHS = ("/health", "/zimage/health")
+# Common names that a host of tomorrow or another pack may claim, whenever it is loaded: ours only fills the gap.
+SHARED_PATHS = ("/health", "/api/health")
 
 
 def add_health(server) -> None:
-    """GET /health and /zimage/health: 200 with the state, or 503 when no prompt can be run.
+    """GET /zimage/health, and /health as long as nobody else has it: 200 with the state, 503 when no prompt can run."""
 
-    A path that somebody else has registered is left to them; /zimage/health is ours.
-    """
-    taken = {route.path for route in server.routes if hasattr(route, "path")}
-
+    @server.routes.get("/zimage/health")
     async def health(request: web.Request) -> web.Response:
         state = await asyncio.to_thread(document, server)
         return web.json_response(state, status=200 if state["status"] == "ok" else 503)
 
-    for path in PATHS:
-        if path in taken:
-            logging.info("Z-Image-Turbo: %s belongs to another pack; ours is at /zimage/health.", path)
-        else:
-            server.routes.get(path)(health)
+    @web.middleware
+    async def unclaimed_health(request: web.Request, handler) -> web.StreamResponse:
+        # What nobody has registered is matched by the host's static files, or by nothing.
+        unclaimed = isinstance(request.match_info.route.resource, web.StaticResource | None)
+        if unclaimed and request.path in SHARED_PATHS and request.method in ("GET", "HEAD"):
+            return await health(request)
+        return await handler(request)
+
+    server.app.middlewares.append(unclaimed_health)

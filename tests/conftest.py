@@ -35,7 +35,7 @@ import torch  # noqa: E402
 
 if not torch.cuda.is_available():
     sys.argv.append("--cpu")
-import comfy.cli_args  # noqa: E402, F401
+import comfy.cli_args  # noqa: E402
 
 sys.argv = _arguments
 

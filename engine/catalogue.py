@@ -76,11 +76,7 @@ def _folder(diffusion_model: str) -> Path | None:
     if diffusion_model.startswith(DIFFUSERS):
         return found[diffusion_model]
     if diffusion_model == AUTO and _official_file("diffusion_model") is None:
-        folder = next(iter(found.values()), DEMO_FOLDER)
-        logging.info(
-            "Z-Image-Turbo: %s is not in models/diffusion_models; 'auto' takes '%s'.", OFFICIAL_FILE, folder.name
-        )
-        return folder
+        return next(iter(found.values()), DEMO_FOLDER)
     return None
 
 

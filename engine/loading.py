@@ -1,5 +1,7 @@
 """The three models of Z-Image-Turbo, loaded together and held against each other."""
 
+import logging
+
 import folder_paths
 import torch
 
@@ -12,6 +14,7 @@ from .vae import load_vae
 
 def load(parts: Parts, precision: str, device: torch.device | None) -> tuple:
     """MODEL, CLIP and VAE. Raises CheckpointError, also when two of them do not fit together."""
+    logging.info("Z-Image-Turbo: loading %s, %s and %s.", parts.diffusion_model, parts.text_encoder, parts.vae)
     patcher = load_model(parts.diffusion_model, precision, device)
     clip = load_text_encoder(parts.text_encoder, device, folder_paths.get_folder_paths("embeddings"))
     if hidden_size(clip) != caption_width(patcher):

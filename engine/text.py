@@ -88,8 +88,9 @@ def check_prompt(text: str) -> None:
         raise ValueError("text is empty. Write what the picture should show, for example: a red circle on white.")
     for place, character in enumerate(text):
         if character not in "\t\n\r" and unicodedata.category(character) in ("Cc", "Cs"):
+            code = f"U+{ord(character):04X}"
             raise ValueError(
-                f"text has the control character U+{ord(character):04X} at position {place}. It cannot be drawn: delete it."
+                f"text has the control character {code} at position {place}, which cannot be drawn. Delete it."
             )
 
 

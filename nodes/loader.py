@@ -23,7 +23,7 @@ class ZImageTurboLoader(io.ComfyNode):
                     options=catalogue.options("diffusion_model"),
                     default=catalogue.AUTO,
                     tooltip="A file in models/diffusion_models, a Z-Image folder in models/diffusers, or the demo. "
-                    "'auto': z_image_turbo_bf16.safetensors if it is there, else the demo.",
+                    "'auto': z_image_turbo_bf16.safetensors, else a Z-Image folder, else the demo.",
                 ),
                 io.Combo.Input(
                     "text_encoder",

@@ -42,7 +42,7 @@ class ZImageTurboSampler(io.ComfyNode):
                     min=0.0,
                     max=1.0,
                     step=0.01,
-                    tooltip="1 draws anew. Below 1, with a latent_image, keeps that much less of the given picture.",
+                    tooltip="1 draws anew. With a latent_image, the lower, the more of it is kept.",
                 ),
                 io.Int.Input(
                     "width",
@@ -82,5 +82,9 @@ class ZImageTurboSampler(io.ComfyNode):
     def execute(
         cls, model, positive, seed, steps, denoise, width, height, batch_size, latent_image=None
     ) -> io.NodeOutput:
+        if denoise < 1.0 and latent_image is None:
+            raise ValueError(
+                f"denoise is {denoise}, but there is no latent_image to keep. Connect one, or set denoise to 1."
+            )
         latent = latent_image or sampling.empty_latent(model, width, height, batch_size)
         return io.NodeOutput(sampling.sample(model, positive, latent, seed, ode.sigmas(steps, denoise)))

@@ -3,7 +3,6 @@
 ZIMAGE_COMFYUI names the ComfyUI tree; without it, the one that the pack lies in.
 """
 
-import os
 import sys
 import types
 from pathlib import Path
@@ -11,33 +10,19 @@ from pathlib import Path
 import pytest
 
 PACK = Path(__file__).resolve().parent.parent
-
-
-def _comfyui() -> Path:
-    tree = Path(os.environ.get("ZIMAGE_COMFYUI", PACK.parent.parent))
-    if not (tree / "comfyui_version.py").is_file():
-        pytest.exit(f"No ComfyUI in {tree}. Run 'python install.py test', or set ZIMAGE_COMFYUI to a ComfyUI tree.", 4)
-    return tree
-
-
-COMFYUI = _comfyui()
-# ComfyUI's modules are called nodes, server and so on: its tree stands first and the pack's root nowhere.
-sys.path[:] = [str(COMFYUI), *(entry for entry in sys.path if Path(entry or ".").resolve() != PACK)]
 package = types.ModuleType("zimage_turbo")
 package.__path__ = [str(PACK)]
 sys.modules["zimage_turbo"] = package
 
-_arguments, sys.argv = sys.argv, sys.argv[:1]
-import comfy.options  # noqa: E402
+from zimage_turbo.launcher.inside import host  # noqa: E402
 
-comfy.options.enable_args_parsing()
+try:
+    COMFYUI = host.tree()
+except FileNotFoundError as error:
+    pytest.exit(str(error), 4)
+host.enter(COMFYUI, [])
+
 import torch  # noqa: E402
-
-if not torch.cuda.is_available():
-    sys.argv.append("--cpu")
-import comfy.cli_args  # noqa: E402
-
-sys.argv = _arguments
 
 
 @pytest.fixture(scope="session")

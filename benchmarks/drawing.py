@@ -33,6 +33,7 @@ def main() -> None:
 def measure(arguments: argparse.Namespace) -> dict:
     import torch
     from comfyui_version import __version__ as comfyui
+
     from zimage_turbo.demo.evaluate import failures, score
     from zimage_turbo.demo.prompts import SETS
     from zimage_turbo.tests.drawing import node_draw

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 import torch
+
 from zimage_turbo.nodes.loader import ZImageTurboLoader
 from zimage_turbo.nodes.sampler import ZImageTurboSampler
 from zimage_turbo.nodes.text_encoder import ZImageTurboTextEncode

@@ -31,6 +31,6 @@ def enter(comfyui: Path, options: list[str]) -> None:
 
     if not torch.cuda.is_available():
         sys.argv.append("--cpu")
-    import comfy.cli_args  # noqa: F401
+    import comfy.cli_args
 
     sys.argv = arguments

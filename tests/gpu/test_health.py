@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from zimage_turbo.launcher import pack_link
 from zimage_turbo.tests.e2e.client import Client
 from zimage_turbo.tests.e2e.graphs import node, turbo

@@ -5,6 +5,7 @@ import pytest
 import torch
 from comfy.ldm.lumina.model import NextDiT
 from safetensors.torch import save_file
+
 from zimage_turbo.engine import model, ode, sampling
 from zimage_turbo.tests.comparison import relative_error, stock_sample
 from zimage_turbo.tests.weights import FULL

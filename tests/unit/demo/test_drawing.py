@@ -7,6 +7,7 @@ required rate misses with a chance below one in a thousand.
 import math
 
 import pytest
+
 from zimage_turbo.demo.evaluate import score
 from zimage_turbo.demo.prompts import SETS
 from zimage_turbo.tests.drawing import node_draw

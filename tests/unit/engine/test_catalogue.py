@@ -4,6 +4,7 @@ import json
 
 import folder_paths
 import pytest
+
 from zimage_turbo.engine import catalogue
 from zimage_turbo.engine.checkpoint import CheckpointError
 

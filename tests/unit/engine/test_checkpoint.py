@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+
 from zimage_turbo.engine import checkpoint, model, ode, sampling
 from zimage_turbo.engine.checkpoint import CheckpointError
 from zimage_turbo.tests.comparison import relative_error

@@ -5,6 +5,7 @@ import comfy.model_sampling
 import comfy.samplers
 import pytest
 import torch
+
 from zimage_turbo.engine import ode
 
 

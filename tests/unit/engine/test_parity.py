@@ -9,11 +9,11 @@ import comfy.utils
 import folder_paths
 import pytest
 import torch
+
+import nodes
 from zimage_turbo.engine import catalogue, checkpoint, loading, model, ode, sampling, text
 from zimage_turbo.tests.comparison import relative_error, stock_sample
 from zimage_turbo.tests.weights import full_size_text_encoder, full_size_transformer, small_transformer
-
-import nodes
 
 FP32_ROUNDING = 1e-6
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from zimage_turbo.engine import text
 
 

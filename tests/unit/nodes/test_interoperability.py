@@ -9,6 +9,8 @@ import folder_paths
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+
+import nodes
 from zimage_turbo.engine import catalogue, checkpoint, model, ode, sampling, text
 from zimage_turbo.nodes.loader import ZImageTurboLoader
 from zimage_turbo.nodes.sampler import ZImageTurboSampler
@@ -16,8 +18,6 @@ from zimage_turbo.nodes.sigmas import ZImageTurboSigmas
 from zimage_turbo.nodes.text_encoder import ZImageTurboTextEncode
 from zimage_turbo.tests.comparison import relative_error
 from zimage_turbo.tests.weights import small_transformer
-
-import nodes
 
 PROMPT = "a large green square in the center, white background"
 ROUNDING = 2e-5  # fp32, another order of summation in every layer of eight steps

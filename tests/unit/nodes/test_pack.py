@@ -8,14 +8,14 @@ import sys
 from pathlib import Path
 
 import pytest
-import zimage_turbo
 from comfy_config.config_parser import extract_node_configuration
 from PIL import Image
+
+import nodes as host_nodes
+import zimage_turbo
 from zimage_turbo.launcher import convert, pyproject
 from zimage_turbo.nodes import NODES
 from zimage_turbo.server.health import VERSION
-
-import nodes as host_nodes
 
 PACK = Path(zimage_turbo.__path__[0])
 SCHEMAS = {node.define_schema().node_id: node.define_schema() for node in NODES}

@@ -1,5 +1,6 @@
 """Which model files there are and which ones a choice means: ComfyUI's folders, diffusers folders, the demo."""
 
+import hashlib
 import json
 import logging
 from dataclasses import dataclass
@@ -31,10 +32,14 @@ class Parts:
     text_encoder: Path
     vae: Path
 
-    def fingerprint(self) -> tuple:
-        """Changes when one of the files is replaced: name, size and modification time of each."""
+    def fingerprint(self) -> str:
+        """Changes when one of the files is replaced: a digest of names, sizes and modification times.
+
+        A digest, because the host writes it into every saved picture, where no path of the machine belongs.
+        """
         files = [file for path in vars(self).values() for file in (sorted(path.iterdir()) if path.is_dir() else [path])]
-        return tuple((str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files if file.is_file())
+        states = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files if file.is_file()]
+        return hashlib.sha256(repr(states).encode()).hexdigest()
 
 
 def options(kind: str) -> list[str]:
@@ -120,10 +125,10 @@ def _diffusers_folders() -> dict[str, Path]:
     for root in folder_paths.get_folder_paths("diffusers"):
         for index in sorted(Path(root).glob("*/model_index.json")):
             try:
-                pipeline = json.loads(index.read_text(encoding="utf-8")).get("_class_name", "")
-            except (OSError, UnicodeDecodeError, json.JSONDecodeError, AttributeError) as error:
+                content = json.loads(index.read_text(encoding="utf-8"))
+            except (OSError, ValueError) as error:
                 logging.warning("Z-Image-Turbo: %s cannot be read and is not offered: %s", index, error)
                 continue
-            if pipeline.startswith("ZImage"):
+            if isinstance(content, dict) and str(content.get("_class_name")).startswith("ZImage"):
                 found[DIFFUSERS + index.parent.name] = index.parent
     return found

@@ -1,147 +1,156 @@
-"""Reading weight files: one file, a sharded folder, diffusers key names, expansion of quantised weights."""
+"""A model's weights as they lie on disk: one file, or a diffusers component folder with its config.json."""
 
+import dataclasses
 import json
-import re
+import pickle
 from pathlib import Path
+from typing import Any
 
 import comfy.utils
 import torch
 
 StateDict = dict[str, torch.Tensor]
 
-QUANTISED_EXPANDABLE = ("int8_tensorwise", "float8_e4m3fn", "float8_e5m2")
-_QKV = re.compile(r"(.+\.attention)\.to_([qkv])\.(.+)")
-_RENAMED = (
-    (".attention.to_out.0.", ".attention.out."),
-    (".attention.norm_q.", ".attention.q_norm."),
-    (".attention.norm_k.", ".attention.k_norm."),
-    ("all_x_embedder.2-1.", "x_embedder."),
-    ("all_final_layer.2-1.", "final_layer."),
-)
+# What a browser or git leaves in place of a weight file, by how it begins.
+_IMPOSTORS = {
+    b"version https://git-lfs": "it is a Git LFS pointer instead of the file that it stands for",
+    b"<": "it is a web page",
+}
 
 
 class CheckpointError(ValueError):
     """A weight file that cannot be used. The message names the file, what is wrong and the remedy."""
 
+    __module__ = "builtins"  # the host shows users an error's full type name, which would hold the pack's path
 
-def read(path: Path) -> tuple[StateDict, dict]:
-    """Weights and metadata of a file, or of a diffusers component folder with one or more shards.
 
-    Raises CheckpointError when the file is missing, empty, cut off, or not a weight file.
-    """
-    if path.is_dir():
-        return _read_folder(path)
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """``label`` names it in messages; ``config`` is empty for a single file."""
+
+    label: str
+    weights: StateDict
+    metadata: dict[str, str]
+    config: dict[str, Any]
+
+    @classmethod
+    def read(cls, path: Path) -> "Checkpoint":
+        """Raises CheckpointError when a file is missing, empty, cut off, or not what its name says."""
+        if path.is_dir():
+            label = f"{path.parent.name}/{path.name}"
+            weights, metadata = _read_folder(path, label)
+            return cls(label, weights, metadata, _read_config(path / "config.json", label))
+        return cls(path.name, *_read_file(path, path.name), {})
+
+    def replaced(self, weights: StateDict, metadata: dict[str, str] | None = None) -> "Checkpoint":
+        return dataclasses.replace(self, weights=weights, metadata=self.metadata if metadata is None else metadata)
+
+    def error(self, what: str) -> CheckpointError:
+        """``what`` goes on from the checkpoint's name: 'lacks …', 'is not …'."""
+        return CheckpointError(f"'{self.label}' {what}")
+
+    def setting(self, name: str, kind: type, default: Any = None) -> Any:
+        """A value of config.json; ``default`` where it is absent or null. Raises CheckpointError for another type."""
+        value = self.config.get(name)
+        if value is None:
+            value = default
+        if not isinstance(value, kind):
+            found = "is missing" if value is None else f"is {value!r}, not of type {kind.__name__}"
+            raise CheckpointError(f"'{self.label}/config.json': {name} {found}. Download the folder again.")
+        return value
+
+    def require(self, shapes: dict[str, torch.Size]) -> None:
+        """Raises CheckpointError unless every weight is there in its shape; quantised ones may hold two in a byte."""
+        missing = [name for name in shapes if name not in self.weights]
+        if missing:
+            shown = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
+            raise self.error(f"lacks weights: {shown}. It is incomplete: download it again.")
+        for name, shape in shapes.items():
+            found = self.weights[name].shape
+            packed = f"{name.removesuffix('.weight')}.comfy_quant" in self.weights and (shape[0], shape[1] // 2)
+            if found not in (shape, packed):
+                raise self.misfit(name, found, shape)
+
+    def misfit(self, name: str, found: torch.Size, expected: torch.Size) -> CheckpointError:
+        return self.error(
+            f"does not fit: {name} has the shape {list(found)}, expected is {list(expected)}. "
+            "It is damaged or belongs to another model: download it again."
+        )
+
+
+def shapes_of(module: torch.nn.Module, prefix: str = "") -> dict[str, torch.Size]:
+    """Names and shapes of a module's weights; one on the meta device costs no memory."""
+    return {prefix + name: value.shape for name, value in module.state_dict().items()}
+
+
+def _read_file(path: Path, label: str) -> tuple[StateDict, dict[str, str]]:
     if not path.is_file():
-        raise CheckpointError(f"Weight file '{path.name}' is not there. Put it back or choose another file.")
-    if path.stat().st_size == 0:
-        raise CheckpointError(f"Weight file '{path.name}' is empty (0 bytes). Download or copy it again.")
+        raise CheckpointError(f"'{label}' is not there. Put it back or choose another file.")
+    size = path.stat().st_size
+    if size == 0:
+        raise CheckpointError(f"'{label}' is empty (0 bytes). Download or copy it again.")
     try:
         weights, metadata = comfy.utils.load_torch_file(str(path), safe_load=True, return_metadata=True)
-    except Exception as error:  # safetensors, zip and unpickling each raise their own kinds
+    except pickle.UnpicklingError as error:
         raise CheckpointError(
-            f"Weight file '{path.name}' ({path.stat().st_size:,} bytes) cannot be read: {_first_line(error)}. "
-            "It is cut off, corrupt, or not a .safetensors weight file: compare its size with the original's and "
-            "download it again."
+            f"'{label}' cannot be read: it holds Python code, which is not run. Use its .safetensors version."
+        ) from error
+    except Exception as error:  # safetensors, zip and torch each raise their own kinds
+        reason = _impostor(path) or _first_line(error)
+        raise CheckpointError(
+            f"'{label}' ({size:,} bytes) cannot be read: {reason}. It is cut off, corrupt or no weight file: "
+            "compare its size with the original's and download it again."
         ) from error
     if not isinstance(weights, dict) or not any(isinstance(value, torch.Tensor) for value in weights.values()):
-        raise CheckpointError(f"Weight file '{path.name}' holds no tensors. Choose a model's weight file.")
+        raise CheckpointError(f"'{label}' holds no tensors. Choose a model's weight file.")
     return weights, metadata or {}
 
 
-def read_config(folder: Path) -> dict:
-    """The config.json of a diffusers component. Raises CheckpointError when it is missing or not JSON."""
-    path = folder / "config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise CheckpointError(
-            f"'{folder.parent.name}/{folder.name}/config.json' cannot be read: {_first_line(error)}. "
-            "Download the whole diffusers folder again."
-        ) from error
-    if not isinstance(config, dict):
-        raise CheckpointError(f"'{folder.parent.name}/{folder.name}/config.json' is not a JSON object.")
-    return config
-
-
-def comfy_names(weights: StateDict) -> StateDict:
-    """Diffusers' names of Z-Image's weights turned into ComfyUI's; weights that have them already are returned as is.
-
-    to_q, to_k and to_v [dim, dim] become rows of one qkv [3 dim, dim]; row-wise scales are stacked the same way.
-    """
-    if "noise_refiner.0.attention.to_q.weight" not in weights:
-        return weights
-    renamed, split = {}, {}
-    for name, tensor in weights.items():
-        match = _QKV.fullmatch(name)
-        if match:
-            split.setdefault(f"{match[1]}.qkv.{match[3]}", {})[match[2]] = tensor
-            continue
-        for theirs, ours in _RENAMED:
-            name = name.replace(theirs, ours)
-        renamed[name] = tensor
-    for name, parts in split.items():
-        renamed[name] = _stack(name, parts)
-    return renamed
-
-
-def expand(weights: StateDict, dtype: torch.dtype, name: str) -> StateDict:
-    """Weights in the host's quantised formats multiplied out: weight · scale, rounded to ``dtype``.
-
-    Raises CheckpointError for a format that has no plain product form.
-    """
-    expanded = dict(weights)
-    for marker in [key for key in weights if key.endswith(".comfy_quant")]:
-        layer = marker.removesuffix(".comfy_quant")
-        settings = json.loads(bytes(weights[marker].tolist()))
-        if settings.get("format") not in QUANTISED_EXPANDABLE or settings.get("convrot"):
-            raise CheckpointError(
-                f"'{name}' is stored as {settings.get('format')}, which cannot be expanded. Set precision to 'auto'."
-            )
-        scale = expanded.pop(f"{layer}.weight_scale").float()
-        expanded[f"{layer}.weight"] = (expanded[f"{layer}.weight"].float() * scale).to(dtype)
-        del expanded[marker]
-        expanded.pop(f"{layer}.input_scale", None)
-    return expanded
-
-
-def is_quantised(weights: StateDict) -> bool:
-    return any(key.endswith(".comfy_quant") for key in weights)
-
-
-def _read_folder(folder: Path) -> tuple[StateDict, dict]:
-    label = f"{folder.parent.name}/{folder.name}"
-    indexes = sorted(folder.glob("*.safetensors.index.json"))
-    if indexes:
-        try:
-            shards = sorted(set(json.loads(indexes[0].read_text(encoding="utf-8"))["weight_map"].values()))
-        except (KeyError, TypeError, AttributeError, UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise CheckpointError(f"'{label}/{indexes[0].name}' is not a shard index. Download it again.") from error
-        files = [folder / Path(shard).name for shard in shards]
-    else:
-        files = sorted(folder.glob("*.safetensors"))[:1]
+def _read_folder(folder: Path, label: str) -> tuple[StateDict, dict[str, str]]:
+    index = next(iter(sorted(folder.glob("*.safetensors.index.json"))), None)
+    files = _shards(index, label) if index else sorted(folder.glob("*.safetensors"))[:1]
     if not files:
-        raise CheckpointError(f"'{label}' holds no .safetensors file. Download the whole diffusers folder.")
+        raise CheckpointError(f"'{label}' holds no .safetensors file. Download the whole folder again.")
     weights, metadata = {}, {}
     for file in files:
-        part, metadata = read(file)
+        if not file.is_file():
+            raise CheckpointError(f"'{label}/{file.name}' is not there. Download the whole folder again.")
+        part, metadata = _read_file(file, f"{label}/{file.name}")
         weights |= part
     return weights, metadata
 
 
-def _stack(name: str, parts: StateDict) -> torch.Tensor:
-    if set(parts) != set("qkv"):
-        absent = ", ".join(f"to_{part}" for part in "qkv" if part not in parts)
-        raise CheckpointError(f"The checkpoint lacks {absent} for '{name}'. Download the file again.")
-    tensors = [parts[part] for part in "qkv"]
-    if name.endswith(".comfy_quant"):
-        return tensors[0]
-    if any(tensor.numel() == 1 for tensor in tensors):
-        raise CheckpointError(
-            f"'{name}' has one scale for the whole matrix, so to_q, to_k and to_v cannot be joined. "
-            "Use the single-file version of this checkpoint."
-        )
-    return torch.cat(tensors)
+def _shards(index: Path, label: str) -> list[Path]:
+    """The files that an index names, all of them in its own folder."""
+    content = read_json(index, f"{label}/{index.name}")
+    names = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
+        raise CheckpointError(f"'{label}/{index.name}' is not a shard index. Download it again.")
+    return [index.parent / Path(name).name for name in sorted(set(names.values()))]
+
+
+def _read_config(path: Path, label: str) -> dict[str, Any]:
+    config = read_json(path, f"{label}/config.json")
+    if not isinstance(config, dict):
+        raise CheckpointError(f"'{label}/config.json' is not a JSON object. Download the folder again.")
+    return config
+
+
+def read_json(path: Path, label: str) -> Any:
+    """The content of a JSON file. Raises CheckpointError, which calls it ``label``."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise CheckpointError(f"'{label}' is not there. Download the whole folder again.") from error
+    except ValueError as error:  # not JSON, or not UTF-8
+        raise CheckpointError(f"'{label}' cannot be read, {_first_line(error)}. Download it again.") from error
+
+
+def _impostor(path: Path) -> str | None:
+    with path.open("rb") as file:
+        beginning = file.read(64).lstrip()
+    return next((what for start, what in _IMPOSTORS.items() if beginning.startswith(start)), None)
 
 
 def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0].rstrip(".") if str(error).strip() else type(error).__name__
+    return str(error).strip().partition("\n")[0].rstrip(".") or type(error).__name__

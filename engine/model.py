@@ -5,17 +5,27 @@ from pathlib import Path
 import comfy.model_detection
 import comfy.model_management as management
 import comfy.model_patcher
+import comfy.ops
 import comfy.supported_models
 import comfy.utils
 import torch
 from comfy.ldm.lumina.model import NextDiT
 
-from . import checkpoint
-from .checkpoint import CheckpointError, StateDict
+from . import formats
+from .checkpoint import Checkpoint, StateDict, shapes_of
 
 OFFICIAL_FILE = "z_image_turbo_bf16.safetensors"
 FULL_WIDTH = 3840
 LATENT_SCALE = 8
+OFFICIAL_SAMPLE_SIZE = 128  # in latent pixels, as diffusers counts
+SIGNATURE = (
+    "cap_embedder.1.weight",
+    "cap_pad_token",
+    "x_embedder.weight",
+    "noise_refiner.0.adaLN_modulation.0.weight",
+    "noise_refiner.0.attention.q_norm.weight",
+    "noise_refiner.0.feed_forward.w1.weight",
+)
 NATIVE_SIZE = "native_size"
 PRECISIONS = {"auto": None, "bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -31,19 +41,19 @@ def load_model(path: Path, precision: str = "auto", device: torch.device | None 
     device; the others hold and compute in that type, quantised weights multiplied out.
     device: where it computes; None is the host's choice. Raises CheckpointError.
     """
-    label = f"{path.parent.name}/{path.name}" if path.is_dir() else path.name
-    folder_config = checkpoint.read_config(path) if path.is_dir() else {}
-    weights, metadata = _host_names(*checkpoint.read(path))
-    config = _host_config(weights, metadata, label)
+    checkpoint = _with_host_names(Checkpoint.read(path))
+    sample_size = checkpoint.setting("sample_size", int, OFFICIAL_SAMPLE_SIZE)
+    config = _host_config(checkpoint)
+    formats.check_quantised(checkpoint)
+    checkpoint.require(shapes_of(_empty_module(config)))
     load_device = device or management.get_torch_device()
-    dtype = PRECISIONS[precision] or _preferred_dtype(config, weights, load_device)
-    storage_only = folder_config.get("quantization_config", {}).get("dequantize", False)
-    if config.quant_config and (precision != "auto" or storage_only):
-        weights = checkpoint.expand(weights, dtype, label)
+    dtype = PRECISIONS[precision] or _preferred_dtype(config, checkpoint.weights, load_device)
+    if config.quant_config and (precision != "auto" or formats.storage_only(checkpoint)):
+        checkpoint = formats.expanded(checkpoint, dtype)
         config.quant_config = None
-    patcher = _build(config, weights, dtype, load_device, disable_dynamic, label)
+    patcher = _build(config, checkpoint.weights, dtype, load_device, disable_dynamic)
     patcher.model.diffusion_model.__class__ = TurboNextDiT
-    patcher.set_attachments(NATIVE_SIZE, LATENT_SCALE * folder_config.get("sample_size", 128))
+    patcher.set_attachments(NATIVE_SIZE, LATENT_SCALE * sample_size)
     patcher.cached_patcher_init = (load_model, (path, precision, device))
     return patcher
 
@@ -53,56 +63,49 @@ def caption_width(patcher) -> int:
     return patcher.model.model_config.unet_config["cap_feat_dim"]
 
 
-def _host_names(weights: StateDict, metadata: dict) -> tuple[StateDict, dict]:
-    """Without a checkpoint's prefix, in ComfyUI's names, older fp8-scaled files in the host's present format."""
+def _with_host_names(checkpoint: Checkpoint) -> Checkpoint:
+    """Without a whole checkpoint's prefix, in ComfyUI's names, older fp8-scaled files in the host's present format."""
+    weights = dict(checkpoint.weights)
     prefix = comfy.model_detection.unet_prefix_from_state_dict(weights)
     inner = comfy.utils.state_dict_prefix_replace(weights, {prefix: ""}, filter_keys=True)
-    weights, metadata = comfy.utils.convert_old_quants(inner or weights, "", metadata=metadata)
-    return checkpoint.comfy_names(weights), metadata
+    return formats.with_comfy_names(
+        checkpoint.replaced(*comfy.utils.convert_old_quants(inner or weights, "", metadata=checkpoint.metadata))
+    )
 
 
-def _host_config(weights: StateDict, metadata: dict, label: str):
+def _host_config(checkpoint: Checkpoint):
     """The host's description of the model; for a width other than the official one, read off the weights."""
-    embedder = weights.get("cap_embedder.1.weight")
-    if embedder is None or "cap_pad_token" not in weights or "noise_refiner.0.adaLN_modulation.0.weight" not in weights:
-        raise CheckpointError(
-            f"'{label}' is not a Z-Image-Turbo diffusion model: its weights are those of another architecture. "
+    weights = checkpoint.weights
+    if not all(name in weights for name in SIGNATURE):
+        raise checkpoint.error(
+            "is not a Z-Image-Turbo diffusion model: its weights are those of another architecture. "
             f"Choose {OFFICIAL_FILE} or another Z-Image file from models/diffusion_models."
         )
-    if embedder.shape[0] == FULL_WIDTH:
-        config = comfy.model_detection.model_config_from_unet(weights, "", metadata=metadata)
-    else:
-        config = comfy.supported_models.ZImage(_small_config(weights, label))
-        config.quant_config = comfy.utils.detect_layer_quantization(weights, "")
+    if "dec_net.cond_embed.weight" in weights or "siglip_embedder.0.weight" in weights:
+        raise checkpoint.error("is a Z-Image variant that this loader does not know. Use the stock loader.")
+    if weights["cap_embedder.1.weight"].shape[0] == FULL_WIDTH:
+        return comfy.model_detection.model_config_from_unet(weights, "", metadata=checkpoint.metadata)
+    config = comfy.supported_models.ZImage(_small_config(weights))
+    config.quant_config = comfy.utils.detect_layer_quantization(weights, "")
     return config
 
 
-def _small_config(weights: StateDict, label: str) -> dict:
-    try:
-        caption = weights["cap_embedder.1.weight"]
-        head = weights["noise_refiner.0.attention.q_norm.weight"].shape[0]
-        width, layers = caption.shape[0], comfy.model_detection.count_blocks(weights, "layers.{}.")
-        return {
-            "image_model": "lumina2",
-            "patch_size": 2,
-            "in_channels": weights["x_embedder.weight"].shape[1] // 4,
-            "dim": width,
-            "cap_feat_dim": caption.shape[1],
-            "n_layers": layers,
-            "qk_norm": True,
-            "n_refiner_layers": comfy.model_detection.count_blocks(weights, "noise_refiner.{}."),
-            "n_heads": width // head,
-            "n_kv_heads": width // head,
-            "axes_dims": [32, 48, 48],
-            "axes_lens": [1536, 512, 512],
-            "rope_theta": 256.0,
-            "time_scale": 1000.0,
-            "z_image_modulation": True,
-            "pad_tokens_multiple": 32,
-            "ffn_dim_multiplier": weights["noise_refiner.0.feed_forward.w1.weight"].shape[0] / width,
-        }
-    except KeyError as error:
-        raise CheckpointError(f"'{label}' lacks the weight {error}. It is incomplete: download it again.") from error
+def _small_config(weights: StateDict) -> dict:
+    width, caption = weights["cap_embedder.1.weight"].shape
+    heads = width // weights["noise_refiner.0.attention.q_norm.weight"].shape[0]
+    count = comfy.model_detection.count_blocks
+    return {
+        "image_model": "lumina2", "patch_size": 2, "in_channels": weights["x_embedder.weight"].shape[1] // 4,
+        "dim": width, "cap_feat_dim": caption, "n_heads": heads, "n_kv_heads": heads, "qk_norm": True,
+        "n_layers": count(weights, "layers.{}."), "n_refiner_layers": count(weights, "noise_refiner.{}."),
+        "axes_dims": [32, 48, 48], "axes_lens": [1536, 512, 512], "rope_theta": 256.0, "time_scale": 1000.0,
+        "ffn_dim_multiplier": weights["noise_refiner.0.feed_forward.w1.weight"].shape[0] / width,
+        "z_image_modulation": True, "pad_tokens_multiple": 32,
+    }  # fmt: skip
+
+
+def _empty_module(config) -> NextDiT:
+    return NextDiT(**config.unet_config, device="meta", operations=comfy.ops.disable_weight_init)
 
 
 def _preferred_dtype(config, weights: StateDict, device: torch.device) -> torch.dtype:
@@ -115,38 +118,17 @@ def _preferred_dtype(config, weights: StateDict, device: torch.device) -> torch.
     )
 
 
-def _build(config, weights: StateDict, dtype: torch.dtype, device: torch.device, disable_dynamic: bool, label: str):
-    """The host's load_diffusion_model_state_dict for a known config, with every missing weight an error."""
+def _build(config, weights: StateDict, dtype: torch.dtype, device: torch.device, disable_dynamic: bool):
+    """What the host's load_diffusion_model_state_dict does once it knows the config."""
     offload_device = management.unet_offload_device()
     held = None if config.quant_config else dtype
     config.set_inference_dtype(
         dtype, management.unet_manual_cast(held, device, config.supported_inference_dtypes), device=device
     )
     model = config.get_model(weights, "")
-    if type(model.diffusion_model) is not NextDiT:
-        raise CheckpointError(f"'{label}' is a Z-Image variant that this loader does not know. Use the stock loader.")
     patcher_class = comfy.model_patcher.ModelPatcher if disable_dynamic else comfy.model_patcher.CoreModelPatcher
     patcher = patcher_class(model, load_device=device, offload_device=offload_device)
     if not management.is_device_cpu(offload_device):
         model.to(offload_device)
-    _fill(model.diffusion_model, config.process_unet_state_dict(weights), patcher.is_dynamic(), label)
+    model.load_model_weights(dict(weights), "", assign=patcher.is_dynamic())
     return patcher
-
-
-def _fill(module: torch.nn.Module, weights: StateDict, assign: bool, label: str) -> None:
-    try:
-        missing, _ = module.load_state_dict(weights, strict=False, assign=assign)
-    except RuntimeError as error:
-        raise CheckpointError(
-            f"'{label}' does not fit the Z-Image architecture: {str(error).splitlines()[-1].strip()} "
-            "The file is damaged or belongs to another model."
-        ) from error
-    # The host's quantised layers leave an absent weight at None instead of reporting it.
-    missing += [
-        f"{name}.weight"
-        for name, part in module.named_modules()
-        if hasattr(part, "in_features") and part.weight is None
-    ]
-    if missing:
-        shown = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
-        raise CheckpointError(f"'{label}' lacks weights: {shown}. It is incomplete: download it again.")

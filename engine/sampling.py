@@ -71,7 +71,7 @@ def sample(model, positive: list, latent: dict, seed: int, levels: torch.Tensor)
 
 def _check_start(model, start: torch.Tensor) -> None:
     channels = model.get_model_object("latent_format").latent_channels
-    if start.ndim != 4 or start.shape[1] != channels:
+    if start.ndim != 4 or start.shape[1] != channels or start.numel() == 0:
         raise ValueError(
             f"latent_image has the shape {list(start.shape)}, the model takes [batch, {channels}, height / 8, "
             "width / 8]. Use the loader's own VAE in VAE Encode."

@@ -2,33 +2,37 @@
 
 import logging
 import unicodedata
+from numbers import Real
 from pathlib import Path
 
+import comfy.model_management
+import comfy.ops
 import comfy.sd
 import comfy.supported_models_base
 import comfy.text_encoders.hunyuan_video
+import comfy.text_encoders.llama as llama
 import comfy.text_encoders.z_image as z_image
 import comfy.utils
 import torch
 from comfy import sd1_clip
 from transformers import Qwen2Tokenizer
 
-from . import checkpoint
-from .checkpoint import CheckpointError
+from . import formats
+from .checkpoint import Checkpoint, read_json, shapes_of
 
 FULL_WIDTH = 2560
 RECOMMENDED_TOKENS = 512
 MAX_TOKENS = 1504  # the model's first RoPE axis has 1536 places: the padded caption, then the image
-_CONFIG_KEYS = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "rms_norm_eps",
-    "rope_theta",
-)
+_CONFIG = {
+    "vocab_size": int,
+    "hidden_size": int,
+    "intermediate_size": int,
+    "num_hidden_layers": int,
+    "num_attention_heads": int,
+    "num_key_value_heads": int,
+    "rms_norm_eps": Real,
+    "rope_theta": Real,
+}
 
 
 def load_text_encoder(
@@ -41,40 +45,54 @@ def load_text_encoder(
 
     device: where it computes; None is the host's choice. Raises CheckpointError.
     """
-    label = f"{path.parent.name}/{path.name}" if path.is_dir() else path.name
-    weights, metadata = checkpoint.read(path)
-    weights, _ = comfy.utils.convert_old_quants(weights, "", metadata=metadata)
-    config = checkpoint.read_config(path) if path.is_dir() else {}
-    norm = weights.get("model.layers.0.self_attn.q_norm.weight")
-    embedding = weights.get("model.embed_tokens.weight")
-    if norm is None or embedding is None:
-        raise CheckpointError(
-            f"'{label}' is not a Qwen3 text encoder. Choose qwen_3_4b.safetensors from models/text_encoders."
-        )
-    if checkpoint.is_quantised(weights) and config.get("quantization_config", {}).get("dequantize", False):
-        weights = checkpoint.expand(weights, norm.dtype, label)
-    options = (
-        {"load_device": device, "offload_device": comfy.model_management.text_encoder_offload_device()}
-        if device is not None
-        else {}
-    )
-    if embedding.shape[1] == FULL_WIDTH:
+    checkpoint = Checkpoint.read(path)
+    weights, metadata = comfy.utils.convert_old_quants(dict(checkpoint.weights), "", metadata=checkpoint.metadata)
+    checkpoint = checkpoint.replaced(weights, metadata)
+    sizes = _sizes(checkpoint)
+    formats.check_quantised(checkpoint)
+    checkpoint.require(shapes_of(llama.Qwen3_4B(sizes, torch.float32, "meta", comfy.ops.disable_weight_init)))
+    if formats.is_quantised(checkpoint) and formats.storage_only(checkpoint):
+        # The host computes text in fp32: rounding the products to a shorter type would gain nothing.
+        weights = formats.expanded(checkpoint, torch.float32).weights
+        checkpoint = checkpoint.replaced({name: value.float() for name, value in weights.items()})
+    options = {}
+    if device is not None:
+        options = {"load_device": device, "offload_device": comfy.model_management.text_encoder_offload_device()}
+    if sizes:
+        options["qwen3_4b_model_config"] = sizes
+        clip = _small_clip(path.parent, checkpoint, options, embedding_directory, disable_dynamic)
+    else:
         clip = comfy.sd.load_text_encoder_state_dicts(
-            [weights],
+            [dict(checkpoint.weights)],
             embedding_directory=embedding_directory,
             clip_type=comfy.sd.CLIPType.LUMINA2,
             model_options=options,
             disable_dynamic=disable_dynamic,
         )
-    elif config:
-        clip = _small_clip(path, weights, config, options, embedding_directory, disable_dynamic)
-    else:
-        raise CheckpointError(
-            f"'{label}' has hidden size {embedding.shape[1]}, Z-Image-Turbo needs Qwen3-4B ({FULL_WIDTH}). "
-            "Choose qwen_3_4b.safetensors from models/text_encoders."
-        )
     clip.patcher.cached_patcher_init = (_load_patcher, (path, device, embedding_directory))
     return clip
+
+
+def _sizes(checkpoint: Checkpoint) -> dict:
+    """What differs from Qwen3-4B, by config.json; empty for Qwen3-4B itself. Raises CheckpointError."""
+    embedding = checkpoint.weights.get("model.embed_tokens.weight")
+    if embedding is None or "model.layers.0.self_attn.q_norm.weight" not in checkpoint.weights:
+        raise checkpoint.error("is not a Qwen3 text encoder. Choose qwen_3_4b.safetensors from models/text_encoders.")
+    width = embedding.shape[1]
+    if width == FULL_WIDTH:
+        return {}
+    if not checkpoint.config:
+        raise checkpoint.error(
+            f"has hidden size {width}, Z-Image-Turbo needs Qwen3-4B ({FULL_WIDTH}). "
+            "Choose qwen_3_4b.safetensors from models/text_encoders."
+        )
+    sizes = {name: checkpoint.setting(name, kind) for name, kind in _CONFIG.items()}
+    if sizes["hidden_size"] != width:
+        raise checkpoint.error(
+            f"has hidden size {width}, its config.json says hidden_size {sizes['hidden_size']}. "
+            "Download the folder again."
+        )
+    return sizes
 
 
 def hidden_size(clip) -> int:
@@ -128,14 +146,11 @@ def _load_patcher(path: Path, device, embedding_directory, disable_dynamic: bool
     return load_text_encoder(path, device, embedding_directory, disable_dynamic).patcher
 
 
-def _small_clip(path: Path, weights, config: dict, options: dict, embedding_directory, disable_dynamic: bool):
+def _small_clip(folder: Path, checkpoint: Checkpoint, options: dict, embedding_directory, disable_dynamic: bool):
     """A Qwen3 of another size than the official one, with the tokenizer of its own folder."""
-    tokenizer_folder = path.parent / "tokenizer"
-    if not (tokenizer_folder / "tokenizer.json").is_file():
-        raise CheckpointError(f"'{path.parent.name}/tokenizer/tokenizer.json' is not there. Download the whole folder.")
-    absent = [key for key in _CONFIG_KEYS if key not in config]
-    if absent:
-        raise CheckpointError(f"'{path.parent.name}/{path.name}/config.json' lacks {', '.join(absent)}.")
+    tokenizer_folder = folder / "tokenizer"
+    read_json(tokenizer_folder / "tokenizer.json", f"{folder.name}/tokenizer/tokenizer.json")
+    width = options["qwen3_4b_model_config"]["hidden_size"]
 
     class Tokenizer(sd1_clip.SDTokenizer):
         def __init__(self, embedding_directory=None, tokenizer_data={}):
@@ -143,7 +158,7 @@ def _small_clip(path: Path, weights, config: dict, options: dict, embedding_dire
                 str(tokenizer_folder),
                 pad_with_end=False,
                 embedding_directory=embedding_directory,
-                embedding_size=config["hidden_size"],
+                embedding_size=width,
                 embedding_key="qwen3_4b",
                 tokenizer_class=Qwen2Tokenizer,
                 has_start_token=False,
@@ -166,14 +181,13 @@ def _small_clip(path: Path, weights, config: dict, options: dict, embedding_dire
             )
             self.llama_template = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
 
+    weights = checkpoint.weights
     encoder = z_image.te(**comfy.text_encoders.hunyuan_video.llama_detect(weights))
-    target = comfy.supported_models_base.ClipTarget(TurboTokenizer, encoder)
-    sizes = {key: config[key] for key in _CONFIG_KEYS}
     return comfy.sd.CLIP(
-        target,
+        comfy.supported_models_base.ClipTarget(TurboTokenizer, encoder),
         embedding_directory=embedding_directory,
         parameters=comfy.utils.calculate_parameters(weights),
-        state_dict=[weights],
-        model_options=options | {"qwen3_4b_model_config": sizes},
+        state_dict=[dict(weights)],
+        model_options=options,
         disable_dynamic=disable_dynamic,
     )

@@ -2,39 +2,56 @@
 
 from pathlib import Path
 
+import comfy.diffusers_convert
 import comfy.sd
 import torch
+from comfy.ldm.modules.diffusionmodules.model import Decoder, Encoder
 
-from . import checkpoint
-from .checkpoint import CheckpointError
+from .checkpoint import Checkpoint, StateDict, shapes_of
 
 FULL_CHANNELS = [128, 256, 512, 512]
 LATENT_CHANNELS = 16
+NORM_GROUPS = 32
 
 
 def load_vae(path: Path, device: torch.device | None = None):
     """A VAE with 16 latent channels from a weight file or a diffusers ``vae`` folder. Raises CheckpointError."""
-    label = f"{path.parent.name}/{path.name}" if path.is_dir() else path.name
-    weights, metadata = checkpoint.read(path)
-    config = checkpoint.read_config(path) if path.is_dir() else {}
-    entrance = weights.get("decoder.conv_in.weight")
+    checkpoint = Checkpoint.read(path)
+    entrance = checkpoint.weights.get("decoder.conv_in.weight")
     if entrance is None or entrance.ndim != 4 or entrance.shape[1] != LATENT_CHANNELS:
-        raise CheckpointError(
-            f"'{label}' is not a Flux-type VAE with {LATENT_CHANNELS} latent channels. "
-            "Choose ae.safetensors from models/vae."
+        raise checkpoint.error(
+            f"is not a Flux-type VAE with {LATENT_CHANNELS} latent channels. Choose ae.safetensors from models/vae."
         )
-    host_config = None
-    if config.get("block_out_channels", FULL_CHANNELS) != FULL_CHANNELS:
-        host_config = _small_config(config, label)
+    if "decoder.up_blocks.0.resnets.0.norm1.weight" in checkpoint.weights:
+        converted = comfy.diffusers_convert.convert_vae_state_dict(dict(checkpoint.weights))
+        checkpoint = checkpoint.replaced(converted)
+    widths = _widths(checkpoint)
+    layers = checkpoint.setting("layers_per_block", int, 2)
+    _check(checkpoint, widths, layers)
+    weights, host_config = checkpoint.weights, None
+    if widths != FULL_CHANNELS:
+        host_config = {"params": {"embed_dim": LATENT_CHANNELS, "ddconfig": _side(widths, layers)}}
         weights = weights | _identity_convolutions()
-    try:
-        vae = comfy.sd.VAE(sd=weights, metadata=metadata, config=host_config, device=device)
-    except (RuntimeError, KeyError, AttributeError) as error:
-        raise CheckpointError(f"'{label}' does not fit the VAE architecture: {error}. Download it again.") from error
-    vae.throw_exception_if_invalid()
+    vae = comfy.sd.VAE(sd=dict(weights), metadata=checkpoint.metadata, config=host_config, device=device)
     vae.latent_channels = LATENT_CHANNELS
     vae.patcher.cached_patcher_init = (_load_patcher, (path, device))
     return vae
+
+
+def _check(checkpoint: Checkpoint, widths: list[int], layers: int) -> None:
+    """Raises CheckpointError unless the weights are those of an encoder and a decoder of these widths."""
+    # The host takes the encoder's width as given and reads the decoder's off its weights.
+    decoder_width = checkpoint.weights["decoder.conv_in.weight"].shape[0]
+    decoder_widths = [width * decoder_width // widths[-1] for width in widths]
+    if any(width % NORM_GROUPS for width in decoder_widths):
+        decoder_widths = widths
+    with torch.device("meta"):
+        encoder, decoder = Encoder(**_side(widths, layers)), Decoder(**_side(decoder_widths, layers))
+    shapes = shapes_of(encoder, "encoder.") | shapes_of(decoder, "decoder.")
+    checkpoint.require(shapes)
+    extra = [name for name in checkpoint.weights if name.startswith(("encoder.", "decoder.")) and name not in shapes]
+    if extra:
+        raise checkpoint.error(f"has weights beyond its {len(widths)} levels: {extra[0]}. Download it again.")
 
 
 def _load_patcher(path: Path, device, disable_dynamic: bool = False):
@@ -42,31 +59,23 @@ def _load_patcher(path: Path, device, disable_dynamic: bool = False):
     return load_vae(path, device).patcher
 
 
-def _small_config(config: dict, label: str) -> dict:
-    try:
-        widths = config["block_out_channels"]
-        return {
-            "params": {
-                "embed_dim": LATENT_CHANNELS,
-                "ddconfig": {
-                    "double_z": True,
-                    "z_channels": config["latent_channels"],
-                    "resolution": 256,
-                    "in_channels": config["in_channels"],
-                    "out_ch": config["out_channels"],
-                    "ch": widths[0],
-                    "ch_mult": [width // widths[0] for width in widths],
-                    "num_res_blocks": config["layers_per_block"],
-                    "attn_resolutions": [],
-                    "dropout": 0.0,
-                },
-            }
-        }
-    except KeyError as error:
-        raise CheckpointError(f"'{label}/config.json' lacks {error}. Download the folder again.") from error
+def _widths(checkpoint: Checkpoint) -> list[int]:
+    widths = checkpoint.setting("block_out_channels", list, FULL_CHANNELS)
+    if not widths or not all(isinstance(width, int) and width > 0 for width in widths):
+        raise checkpoint.error(f"has block_out_channels {widths} in its config.json. Download the folder again.")
+    return widths
 
 
-def _identity_convolutions() -> checkpoint.StateDict:
+def _side(widths: list[int], layers: int) -> dict:
+    """The host's settings of an encoder or decoder."""
+    return {
+        "double_z": True, "z_channels": LATENT_CHANNELS, "resolution": 256, "in_channels": 3, "out_ch": 3,
+        "ch": widths[0], "ch_mult": [width // widths[0] for width in widths], "num_res_blocks": layers,
+        "attn_resolutions": [], "dropout": 0.0,
+    }  # fmt: skip
+
+
+def _identity_convolutions() -> StateDict:
     """The host's class for a given config has two 1×1 convolutions that a Flux-type VAE has not."""
     made = {}
     for name, width in (("quant_conv", 2 * LATENT_CHANNELS), ("post_quant_conv", LATENT_CHANNELS)):

@@ -14,6 +14,8 @@ FAULT = '''
 import torch
 from comfy_api.latest import ComfyExtension, io
 
+KEPT = []  # freeing memory after the fault would abort the process instead of raising
+
 
 class KernelFault(io.ComfyNode):
     """An index past the end on the device: every later CUDA call of the process fails."""
@@ -24,7 +26,9 @@ class KernelFault(io.ComfyNode):
 
     @classmethod
     def execute(cls):
-        torch.zeros(4, device="cuda")[torch.tensor([1000], device="cuda")].cpu()
+        values, past_the_end = torch.zeros(4, device="cuda"), torch.tensor([1000], device="cuda")
+        KEPT.extend((values, past_the_end, values[past_the_end]))
+        torch.cuda.synchronize()
         return io.NodeOutput("")
 
 

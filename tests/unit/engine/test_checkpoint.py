@@ -6,8 +6,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from zimage_turbo.engine import checkpoint, model, ode, sampling
-from zimage_turbo.engine.checkpoint import CheckpointError
+from zimage_turbo.engine import formats, model, ode, sampling
+from zimage_turbo.engine.checkpoint import Checkpoint, CheckpointError
 from zimage_turbo.tests.comparison import relative_error
 from zimage_turbo.tests.weights import MARKER, small_transformer
 
@@ -64,25 +64,31 @@ def test_sharded_diffusers_folder_is_the_single_file(single_file, tmp_path):
     assert torch.equal(draw(folder), draw(single_file))
 
 
+def holding(weights):
+    norm = {"noise_refiner.0.attention.norm_q.weight": torch.ones(4)}
+    return Checkpoint("file.safetensors", norm | weights, {}, {})
+
+
 def test_row_scales_of_split_projections_are_stacked():
     parts = {}
-    for part in "qkv":
+    for number, part in enumerate("qkv"):
         layer = f"noise_refiner.0.attention.to_{part}"
-        parts |= {f"{layer}.weight": torch.full((4, 4), ord(part) % 7), f"{layer}.weight_scale": torch.rand(4, 1)}
+        parts |= {f"{layer}.weight": torch.full((4, 4), number), f"{layer}.weight_scale": torch.rand(4, 1)}
         parts[f"{layer}.comfy_quant"] = MARKER
-    joined = checkpoint.comfy_names(parts)
+    joined = formats.with_comfy_names(holding(parts)).weights
     layer = "noise_refiner.0.attention.qkv"
-    assert set(joined) == {f"{layer}.weight", f"{layer}.weight_scale", f"{layer}.comfy_quant"}
+    names = {f"{layer}.{part}" for part in ("weight", "weight_scale", "comfy_quant")}
+    assert set(joined) == names | {"noise_refiner.0.attention.q_norm.weight"}
     expected = torch.cat([parts[f"noise_refiner.0.attention.to_{part}.weight_scale"] for part in "qkv"])
     assert torch.equal(joined[f"{layer}.weight_scale"], expected)
-    assert joined[f"{layer}.weight"].shape == (12, 4)
+    assert joined[f"{layer}.weight"][:, 0].tolist() == [0] * 4 + [1] * 4 + [2] * 4
 
 
 def test_one_scale_for_a_split_matrix_is_refused():
     parts = {f"noise_refiner.0.attention.to_{part}.weight": torch.zeros(4, 4) for part in "qkv"}
     parts |= {f"noise_refiner.0.attention.to_{part}.weight_scale": torch.tensor(1.0) for part in "qkv"}
-    with pytest.raises(CheckpointError, match="one scale"):
-        checkpoint.comfy_names(parts)
+    with pytest.raises(CheckpointError, match=r"file\.safetensors.*one scale"):
+        formats.with_comfy_names(holding(parts))
 
 
 def fp8_file(single_file, path, old_style):
@@ -122,11 +128,12 @@ def test_int8_is_multiplied_out_exactly(single_file, tmp_path):
     assert torch.equal(draw(tmp_path / "int8.safetensors", "fp32"), draw(tmp_path / "products.safetensors", "fp32"))
 
 
-def test_a_format_without_a_plain_product_is_not_expanded():
-    marker = torch.tensor(list(b'{"format": "nvfp4"}'), dtype=torch.uint8)
+@pytest.mark.parametrize("mark", [b'{"format": "nvfp4"}', b'{"format": "int8_tensorwise", "convrot": true}'])
+def test_a_format_without_a_plain_product_is_not_multiplied_out(mark):
+    marker = torch.tensor(list(mark), dtype=torch.uint8)
     weights = {"a.weight": torch.zeros(2, 2), "a.weight_scale": torch.ones(1), "a.comfy_quant": marker}
-    with pytest.raises(CheckpointError, match=r"file\.safetensors.*nvfp4.*precision to 'auto'"):
-        checkpoint.expand(weights, torch.float32, "file.safetensors")
+    with pytest.raises(CheckpointError, match=r"file\.safetensors.*precision to 'auto'"):
+        formats.expanded(holding(weights), torch.float32)
 
 
 def test_a_missing_weight_is_named(single_file, tmp_path):

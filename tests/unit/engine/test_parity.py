@@ -11,7 +11,8 @@ import pytest
 import torch
 
 import nodes
-from zimage_turbo.engine import catalogue, checkpoint, loading, model, ode, sampling, text
+from zimage_turbo.engine import catalogue, formats, loading, model, ode, sampling, text
+from zimage_turbo.engine.checkpoint import Checkpoint, CheckpointError
 from zimage_turbo.tests.comparison import relative_error, stock_sample
 from zimage_turbo.tests.weights import full_size_text_encoder, full_size_transformer, small_transformer
 
@@ -20,8 +21,8 @@ FP32_ROUNDING = 1e-6
 
 def stock_demo(precision=torch.float32):
     """The demo in the host's own classes, built without our loader."""
-    weights, _ = checkpoint.read(catalogue.DEMO_FOLDER / "transformer")
-    weights = checkpoint.expand(checkpoint.comfy_names(weights), precision, "demo")
+    stored = formats.with_comfy_names(Checkpoint.read(catalogue.DEMO_FOLDER / "transformer"))
+    weights = formats.expanded(stored, precision).weights
     config = comfy.supported_models.ZImage({
         "image_model": "lumina2", "patch_size": 2, "in_channels": 16, "dim": 256, "cap_feat_dim": 256, "n_layers": 8,
         "n_refiner_layers": 2, "qk_norm": True, "n_heads": 2, "n_kv_heads": 2, "axes_dims": [32, 48, 48],
@@ -91,7 +92,7 @@ def test_full_size_text_encoder(models):
 def test_models_that_do_not_fit_together_are_refused(models):
     file = full_size_transformer(models / "diffusion_models" / "wide.pt", 0, True)
     parts = catalogue.Parts(file, catalogue.DEMO_FOLDER / "text_encoder", catalogue.DEMO_FOLDER / "vae")
-    with pytest.raises(checkpoint.CheckpointError, match="2560"):
+    with pytest.raises(CheckpointError, match="2560"):
         loading.load(parts, "auto", None)
 
 

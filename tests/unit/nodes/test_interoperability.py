@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import nodes
-from zimage_turbo.engine import catalogue, checkpoint, model, ode, sampling, text
+from zimage_turbo.engine import catalogue, formats, model, ode, sampling, text
+from zimage_turbo.engine.checkpoint import Checkpoint
 from zimage_turbo.nodes.loader import ZImageTurboLoader
 from zimage_turbo.nodes.sampler import ZImageTurboSampler
 from zimage_turbo.nodes.sigmas import ZImageTurboSigmas
@@ -44,8 +45,7 @@ def test_loader_node_gives_the_demo():
 def test_lora_model_only(demo, positive, tmp_path):
     """A LoRA in diffusers' names gives what the same change made to the weights gives, and leaves no trace."""
     folder_paths.add_model_folder_path("loras", str(tmp_path))
-    source, _ = checkpoint.read(catalogue.DEMO_FOLDER / "transformer")
-    edited = checkpoint.expand(source, torch.float32, "demo")
+    edited = dict(formats.expanded(Checkpoint.read(catalogue.DEMO_FOLDER / "transformer"), torch.float32).weights)
     generator, lora = torch.Generator().manual_seed(1), {}
     for layer in [
         name.removesuffix(".weight") for name in edited if ".attention.to_" in name or ".feed_forward.w" in name

@@ -1,0 +1,114 @@
+"""The forms that weights come in: diffusers' names, ComfyUI's quantised formats."""
+
+import json
+import re
+
+import torch
+from comfy.quant_ops import QUANT_ALGOS
+
+from .checkpoint import Checkpoint, StateDict
+
+PRODUCTS = ("int8_tensorwise", "float8_e4m3fn", "float8_e5m2")
+MARKER = ".comfy_quant"
+_QKV = re.compile(r"(.+\.attention)\.to_([qkv])\.(.+)")
+_RENAMED = (
+    (".attention.to_out.0.", ".attention.out."),
+    (".attention.norm_q.", ".attention.q_norm."),
+    (".attention.norm_k.", ".attention.k_norm."),
+    ("all_x_embedder.2-1.", "x_embedder."),
+    ("all_final_layer.2-1.", "final_layer."),
+)
+
+
+def with_comfy_names(checkpoint: Checkpoint) -> Checkpoint:
+    """Diffusers' names of Z-Image's weights turned into ComfyUI's; those that have them already stay.
+
+    to_q, to_k and to_v [dim, dim] become the rows of one qkv [3 dim, dim]; row-wise scales are stacked the same way.
+    Raises CheckpointError when one of the three is missing or they cannot be stacked.
+    """
+    if "noise_refiner.0.attention.norm_q.weight" not in checkpoint.weights:
+        return checkpoint
+    renamed, split = {}, {}
+    for name, tensor in checkpoint.weights.items():
+        match = _QKV.fullmatch(name)
+        if match:
+            split.setdefault(f"{match[1]}.qkv.{match[3]}", {})[match[2]] = tensor
+            continue
+        for theirs, ours in _RENAMED:
+            name = name.replace(theirs, ours)
+        renamed[name] = tensor
+    return checkpoint.replaced(renamed | {name: _stack(checkpoint, name, parts) for name, parts in split.items()})
+
+
+def _stack(checkpoint: Checkpoint, name: str, parts: StateDict) -> torch.Tensor:
+    absent = [f"to_{part}" for part in "qkv" if part not in parts]
+    if absent:
+        raise checkpoint.error(f"lacks {', '.join(absent)} for {name}. It is incomplete: download it again.")
+    tensors = [parts[part] for part in "qkv"]
+    if name.endswith(MARKER):
+        return tensors[0]
+    if any(tensor.numel() == 1 for tensor in tensors):
+        raise checkpoint.error(
+            f"has one scale for a whole matrix ({name}), so to_q, to_k and to_v cannot be joined. "
+            "Use the single-file version of this checkpoint."
+        )
+    return torch.cat(tensors)
+
+
+def is_quantised(checkpoint: Checkpoint) -> bool:
+    return any(name.endswith(MARKER) for name in checkpoint.weights)
+
+
+def storage_only(checkpoint: Checkpoint) -> bool:
+    """Whether its config.json says that quantised weights are to be multiplied out: they only travel in that form."""
+    return checkpoint.setting("quantization_config", dict, {}).get("dequantize") is True
+
+
+def check_quantised(checkpoint: Checkpoint) -> None:
+    """Raises CheckpointError for a format that the host does not know and for scales that do not fit."""
+    for layer, settings in _quantised_layers(checkpoint):
+        if settings["format"] not in QUANT_ALGOS:
+            raise checkpoint.error(
+                f"stores {layer} in the format '{settings['format']}', which this ComfyUI does not know. "
+                "Choose a file of another precision, or update ComfyUI."
+            )
+        weight, scale = (checkpoint.weights.get(f"{layer}.{part}") for part in ("weight", "weight_scale"))
+        if weight is None or scale is None:
+            raise checkpoint.error(f"lacks the weight or scale of {layer}. It is incomplete: download it again.")
+        if _is_product(settings) and scale.numel() not in (1, weight.shape[0]):
+            raise checkpoint.misfit(f"{layer}.weight", weight.shape, torch.Size([scale.numel(), *weight.shape[1:]]))
+
+
+def expanded(checkpoint: Checkpoint, dtype: torch.dtype) -> Checkpoint:
+    """Quantised weights multiplied out and rounded to ``dtype``. Raises CheckpointError for a packed format."""
+    weights = dict(checkpoint.weights)
+    for layer, settings in _quantised_layers(checkpoint):
+        if not _is_product(settings):
+            raise checkpoint.error(
+                f"is stored as {settings['format']}, which is not multiplied out. Set precision to 'auto'."
+            )
+        scale = weights.pop(f"{layer}.weight_scale").float()
+        weights[f"{layer}.weight"] = (weights[f"{layer}.weight"].float() * scale).to(dtype)
+        for part in ("comfy_quant", "input_scale"):
+            weights.pop(f"{layer}.{part}", None)
+    return checkpoint.replaced(weights)
+
+
+def _is_product(settings: dict) -> bool:
+    """Whether weight = stored value · scale, without a rotation or packing."""
+    return settings["format"] in PRODUCTS and not settings.get("convrot")
+
+
+def _quantised_layers(checkpoint: Checkpoint) -> list[tuple[str, dict]]:
+    """Name of each quantised layer and the settings in its mark, "format" among them."""
+    layers = []
+    for marker in [name for name in checkpoint.weights if name.endswith(MARKER)]:
+        layer = marker.removesuffix(MARKER)
+        try:
+            settings = json.loads(bytes(checkpoint.weights[marker].tolist()))
+        except (ValueError, TypeError) as error:
+            raise checkpoint.error(f"has a broken format mark at {layer}. It is damaged: download it again.") from error
+        if not isinstance(settings, dict) or "format" not in settings:
+            raise checkpoint.error(f"has no format in its mark at {layer}. It is damaged: download it again.")
+        layers.append((layer, settings))
+    return layers

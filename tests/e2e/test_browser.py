@@ -1,0 +1,144 @@
+"""The real editor in Chromium: open the shipped workflow in two ways, run it, meet errors, read help."""
+
+import itertools
+import json
+import urllib.request
+
+import numpy as np
+import pytest
+from PIL import Image
+from playwright.sync_api import sync_playwright
+
+from zimage_turbo.launcher import shelf
+
+from .damage import FOLDERS, PLACED
+from .editor import WORKFLOW, Editor, browser_path, foreign_addresses, forget_settings
+from .sight import shows_the_saved_prompt
+
+FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
+pytestmark = pytest.mark.skipif(browser_path() is None, reason="no Chromium: set CHROMIUM or install chromium")
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(executable_path=browser_path(), args=FLAGS)
+        yield chromium
+        chromium.close()
+
+
+@pytest.fixture(scope="module")
+def listed(base, pack, server):
+    """The shipped workflows in the editor's list, as the launcher puts them there."""
+    shelf.place(pack / "workflows", base / "user" / "default" / "workflows", base / "shelf.json")
+
+
+@pytest.fixture
+def newcomer(browser, server, base, listed):
+    """The editor as it opens on the very first visit."""
+    forget_settings(base)
+    context = browser.new_context(viewport={"width": 1600, "height": 1000})
+    context.route(foreign_addresses(), lambda route: route.abort())
+    editor = Editor(context.new_page(), server.url)
+    editor.open()
+    yield editor
+    context.close()
+
+
+@pytest.fixture
+def editor(newcomer):
+    """The editor with the shipped workflow open."""
+    newcomer.close_templates()
+    newcomer.open_from_list()
+    return newcomer
+
+
+def pixels(address: str) -> np.ndarray:
+    with urllib.request.urlopen(address, timeout=60) as response:
+        return np.asarray(Image.open(response).convert("RGB"))
+
+
+def test_the_workflow_from_the_list_runs_and_shows_its_picture(editor):
+    editor.screenshot("workflow")
+    editor.run()
+    address, width, height = editor.picture()
+    editor.screenshot("picture")
+    assert (width, height) == (256, 256)
+    assert shows_the_saved_prompt(pixels(address))
+
+
+def test_the_workflow_from_the_templates_runs(newcomer, pack):
+    thumbnail = Image.open(pack / "workflows" / f"{WORKFLOW}.jpg")
+    newcomer.page.get_by_text("All Templates").first.click()
+    newcomer.page.get_by_placeholder("Search ...").fill(WORKFLOW)
+    card = newcomer.test_id(f"template-workflow-{WORKFLOW}")
+    card.wait_for()
+    newcomer.page.wait_for_function(
+        """([name, width]) => [...document.querySelectorAll(`[data-testid="template-workflow-${name}"] img`)]
+            .some(image => image.src.startsWith('blob:') && image.naturalWidth === width)""",
+        arg=[WORKFLOW, thumbnail.width],
+    )
+    newcomer.screenshot("templates")
+    card.click()
+    newcomer.wait_for_workflow()
+    newcomer.run()
+    address, _, _ = newcomer.picture()
+    assert shows_the_saved_prompt(pixels(address))
+
+
+def test_the_graph_stands_as_shipped(editor, pack):
+    shipped = json.loads((pack / "workflows" / f"{WORKFLOW}.json").read_text(encoding="utf-8"))
+    nodes = editor.nodes()
+    assert sorted(node["type"] for node in nodes) == sorted(node["type"] for node in shipped["nodes"])
+    assert all(node["known"] and not node["has_errors"] for node in nodes), nodes
+    links = sum(len(node["linked"]) for node in nodes)
+    assert links == len(shipped["links"]) == 6
+    assert [node["title"] for node in nodes if node["size"][1] < node["needed"][1]] == []
+    overlapping = [
+        (one["title"], other["title"])
+        for one, other in itertools.combinations(nodes, 2)
+        if overlap(one["box"], other["box"])
+    ]
+    assert overlapping == []
+
+
+def overlap(one: list[float], other: list[float]) -> bool:
+    """Whether two rectangles [left, top, width, height] share a point."""
+    return all(one[axis] < other[axis] + other[axis + 2] and other[axis] < one[axis] + one[axis + 2] for axis in (0, 1))
+
+
+def test_an_absent_file_is_shown_with_its_remedy(editor):
+    editor.set("ZImageTurboLoader", "diffusion_model", "absent.safetensors")
+    editor.run()
+    overlay = editor.test_id("error-overlay")
+    overlay.wait_for()
+    assert "Z-Image-Turbo Loader" in overlay.inner_text() and "diffusion_model" in overlay.inner_text()
+    assert [node["type"] for node in editor.nodes() if node["has_errors"]] == ["ZImageTurboLoader"]
+    editor.test_id("error-overlay-see-errors").click()
+    editor.page.get_by_role("button", name="Info for Z-Image-Turbo Loader - diffusion_model").click()
+    editor.page.get_by_text("'absent.safetensors' is not in models/diffusion_models").wait_for()
+    editor.screenshot("absent_file")
+
+
+def test_a_corrupt_file_is_shown_with_its_remedy(editor, base, server):
+    path = base / "models" / FOLDERS["diffusion_model"] / "corrupt.safetensors"
+    path.write_bytes(bytes(4096))
+    for name, value in (PLACED | {"diffusion_model": path.name}).items():
+        editor.set("ZImageTurboLoader", name, value)
+    editor.run()
+    overlay = editor.test_id("error-overlay")
+    overlay.wait_for()
+    path.unlink()
+    assert "Z-Image-Turbo Loader failed" in overlay.inner_text()
+    editor.test_id("error-overlay-see-errors").click()
+    editor.page.get_by_text("'corrupt.safetensors' (4,096 bytes) cannot be read").first.wait_for()
+    editor.screenshot("corrupt_file")
+
+
+@pytest.mark.parametrize("node_type", ["ZImageTurboLoader", "ZImageTurboSampler"])
+def test_the_help_page_of_a_node_opens(editor, node_type, pack):
+    heading = next(line for line in (pack / "web" / "docs" / f"{node_type}.md").read_text("utf-8").splitlines() if line)
+    editor.select(node_type)
+    editor.test_id("info-button").click()
+    editor.page.get_by_role("heading", name=heading.lstrip("# "), exact=True).wait_for()
+    editor.screenshot(f"help_{node_type}")

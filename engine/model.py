@@ -18,6 +18,7 @@ OFFICIAL_FILE = "z_image_turbo_bf16.safetensors"
 FULL_WIDTH = 3840
 LATENT_SCALE = 8
 OFFICIAL_SAMPLE_SIZE = 128  # in latent pixels, as diffusers counts
+PREVIEW_COLOURS = ("latent_rgb_factors", "latent_rgb_factors_bias")
 SIGNATURE = (
     "cap_embedder.1.weight",
     "cap_pad_token",
@@ -43,6 +44,7 @@ def load_model(path: Path, precision: str = "auto", device: torch.device | None 
     """
     checkpoint = _with_host_names(Checkpoint.read(path))
     sample_size = checkpoint.setting("sample_size", int, OFFICIAL_SAMPLE_SIZE)
+    preview_colours = {name: checkpoint.setting(name, list, []) for name in PREVIEW_COLOURS}
     config = _host_config(checkpoint)
     formats.check_quantised(checkpoint)
     checkpoint.require(shapes_of(_empty_module(config)))
@@ -53,6 +55,9 @@ def load_model(path: Path, precision: str = "auto", device: torch.device | None 
         config.quant_config = None
     patcher = _build(config, checkpoint.weights, dtype, load_device, disable_dynamic)
     patcher.model.diffusion_model.__class__ = TurboNextDiT
+    for name, values in preview_colours.items():
+        if values:  # a latent space of its own; without them the host previews in the official one's colours
+            setattr(patcher.model.latent_format, name, values)
     patcher.set_attachments(NATIVE_SIZE, LATENT_SCALE * sample_size)
     patcher.cached_patcher_init = (load_model, (path, precision, device))
     return patcher

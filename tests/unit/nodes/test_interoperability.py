@@ -6,6 +6,8 @@ import comfy_extras.nodes_custom_sampler as custom
 import comfy_extras.nodes_model_merging as merging
 import comfy_extras.nodes_torch_compile as compiling
 import folder_paths
+import latent_preview
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -110,6 +112,21 @@ def test_batch_rows_are_the_single_pictures_of_their_noise(demo, positive):
     assert batch.shape == (4, 16, 32, 32)
     assert relative_error(batch[:1], draw(demo[0], positive)["samples"]) <= ROUNDING
     assert all(relative_error(batch[row], batch[0]) > 0.01 for row in range(1, 4))
+
+
+def test_previews_have_the_pictures_colours(demo, positive):
+    latent_format = demo[0].get_model_object("latent_format")
+    drawn = draw(demo[0], positive)
+    previewer = latent_preview.Latent2RGBPreviewer(
+        latent_format.latent_rgb_factors,
+        latent_format.latent_rgb_factors_bias,
+        latent_format.latent_rgb_factors_reshape,
+    )
+    seen = np.asarray(previewer.decode_latent_to_preview(latent_format.process_in(drawn["samples"]))) / 255
+    picture = nodes.VAEDecode().decode(demo[2], drawn)[0][0].movedim(-1, 0)
+    small = torch.nn.functional.avg_pool2d(picture, 8).movedim(0, -1).numpy()
+    assert seen.shape == small.shape == (32, 32, 3)
+    assert np.abs(seen - small).mean() < 0.06
 
 
 @pytest.mark.parametrize(("width", "height"), [(192, 320), (384, 208)])

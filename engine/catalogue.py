@@ -63,14 +63,16 @@ def problem(kind: str, name: str) -> str | None:
 def resolve(diffusion_model: str, text_encoder: str, vae: str) -> Parts:
     """The paths that a choice of three names means.
 
-    'auto' for the diffusion model is the official file, else a diffusers folder, else the demo; 'auto' for the other
-    two is the same folder's part, or the official file. Raises CheckpointError naming what is missing.
+    'auto' for the diffusion model is the official file, else a Turbo folder in models/diffusers, else the demo; for the
+    other two it is the same folder's part, or the official file. Raises CheckpointError naming what is missing.
     """
     chosen = {"diffusion_model": diffusion_model, "text_encoder": text_encoder, "vae": vae}
     for kind, name in chosen.items():
         if reason := problem(kind, name):
             raise CheckpointError(reason)
     folder = _folder(diffusion_model)
+    if folder is not None:
+        chosen["diffusion_model"] = AUTO
     return Parts(**{kind: _path(kind, name, folder) for kind, name in chosen.items()})
 
 
@@ -78,15 +80,16 @@ def _folder(diffusion_model: str) -> Path | None:
     if diffusion_model == DEMO:
         return DEMO_FOLDER
     found = _diffusers_folders()
-    if diffusion_model.startswith(DIFFUSERS):
+    if diffusion_model in found:
         return found[diffusion_model]
     if diffusion_model == AUTO and _official_file("diffusion_model") is None:
-        return next(iter(found.values()), DEMO_FOLDER)
+        turbo = (folder for name, folder in found.items() if "turbo" in name.lower())  # Base and Edit need other steps
+        return next(turbo, DEMO_FOLDER)
     return None
 
 
 def _path(kind: str, name: str, folder: Path | None) -> Path:
-    if name not in (AUTO, DEMO) and not name.startswith(DIFFUSERS):
+    if name != AUTO:
         return Path(folder_paths.get_full_path_or_raise(KINDS[kind], name))
     if folder is not None:
         component = folder / _COMPONENTS[kind]

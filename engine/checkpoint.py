@@ -91,12 +91,20 @@ def _read_file(path: Path, label: str) -> tuple[StateDict, dict[str, str]]:
         raise CheckpointError(f"'{label}' is empty (0 bytes). Download or copy it again.")
     try:
         weights, metadata = comfy.utils.load_torch_file(str(path), safe_load=True, return_metadata=True)
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(
-            f"'{label}' cannot be read: it holds Python code, which is not run. Use its .safetensors version."
-        ) from error
+    except MemoryError:
+        raise
     except Exception as error:  # safetensors, zip and torch each raise their own kinds
+        system = next((cause for cause in (error, error.__context__) if isinstance(cause, OSError)), None)
+        if system is not None:
+            raise CheckpointError(
+                f"'{label}' could not be read: {system.strerror}. Check its rights and free memory."
+            ) from error
         reason = _impostor(path) or _first_line(error)
+        if isinstance(error, pickle.UnpicklingError) and _impostor(path) is None:
+            raise CheckpointError(
+                f"'{label}' cannot be read: it holds Python code or nonsense, not plain weights, and is not run. "
+                "Use its .safetensors version."
+            ) from error
         raise CheckpointError(
             f"'{label}' ({size:,} bytes) cannot be read: {reason}. It is cut off, corrupt or no weight file: "
             "compare its size with the original's and download it again."

@@ -88,6 +88,7 @@ def expanded(checkpoint: Checkpoint, dtype: torch.dtype) -> Checkpoint:
                 f"is stored as {settings['format']}, which is not multiplied out. Set precision to 'auto'."
             )
         scale = weights.pop(f"{layer}.weight_scale").float()
+        scale = scale.reshape(-1, 1) if scale.numel() > 1 else scale.reshape(())
         weights[f"{layer}.weight"] = (weights[f"{layer}.weight"].float() * scale).to(dtype)
         for part in ("comfy_quant", "input_scale"):
             weights.pop(f"{layer}.{part}", None)
@@ -96,7 +97,8 @@ def expanded(checkpoint: Checkpoint, dtype: torch.dtype) -> Checkpoint:
 
 def _is_product(settings: dict) -> bool:
     """Whether weight = stored value · scale, without a rotation or packing."""
-    return settings["format"] in PRODUCTS and not settings.get("convrot")
+    rotated = settings.get("convrot", (settings.get("params") or {}).get("convrot", False))  # the host reads both
+    return settings["format"] in PRODUCTS and not rotated
 
 
 def _quantised_layers(checkpoint: Checkpoint) -> list[tuple[str, dict]]:

@@ -32,7 +32,7 @@ PRECISIONS = {"auto": None, "bf16": torch.bfloat16, "fp16": torch.float16, "fp32
 
 
 class TurboNextDiT(NextDiT):
-    """The class that our loader gives to the host's module: what it does not override is the host's own forward."""
+    """The class that our loader gives to the host's module: the place of our own forward; here it is the host's."""
 
 
 def load_model(path: Path, precision: str = "auto", device: torch.device | None = None, disable_dynamic: bool = False):
@@ -70,12 +70,14 @@ def caption_width(patcher) -> int:
 
 def _with_host_names(checkpoint: Checkpoint) -> Checkpoint:
     """Without a whole checkpoint's prefix, in ComfyUI's names, older fp8-scaled files in the host's present format."""
-    weights = dict(checkpoint.weights)
+    convert = comfy.utils.convert_old_quants
+    weights, metadata = convert(dict(checkpoint.weights), "", metadata=checkpoint.metadata)
     prefix = comfy.model_detection.unet_prefix_from_state_dict(weights)
     inner = comfy.utils.state_dict_prefix_replace(weights, {prefix: ""}, filter_keys=True)
-    return formats.with_comfy_names(
-        checkpoint.replaced(*comfy.utils.convert_old_quants(inner or weights, "", metadata=checkpoint.metadata))
-    )
+    if inner:
+        # Metadata names whole keys and has been applied; the older form's mark may stand behind the prefix.
+        weights = inner if "_quantization_metadata" in metadata else convert(inner, "", metadata=metadata)[0]
+    return formats.with_comfy_names(checkpoint.replaced(weights, metadata))
 
 
 def _host_config(checkpoint: Checkpoint):
@@ -125,7 +127,9 @@ def _preferred_dtype(config, weights: StateDict, device: torch.device) -> torch.
 
 def _build(config, weights: StateDict, dtype: torch.dtype, device: torch.device, disable_dynamic: bool):
     """What the host's load_diffusion_model_state_dict does once it knows the config."""
-    offload_device = management.unet_offload_device()
+    # The host's own offload device is that of its main GPU under --highvram: wrong for a model placed elsewhere.
+    chosen_elsewhere = device != management.get_torch_device()
+    offload_device = torch.device("cpu") if chosen_elsewhere else management.unet_offload_device()
     held = None if config.quant_config else dtype
     config.set_inference_dtype(
         dtype, management.unet_manual_cast(held, device, config.supported_inference_dtypes), device=device

@@ -5,7 +5,6 @@ import unicodedata
 from numbers import Real
 from pathlib import Path
 
-import comfy.model_management
 import comfy.ops
 import comfy.sd
 import comfy.supported_models_base
@@ -57,7 +56,7 @@ def load_text_encoder(
         checkpoint = checkpoint.replaced({name: value.float() for name, value in weights.items()})
     options = {}
     if device is not None:
-        options = {"load_device": device, "offload_device": comfy.model_management.text_encoder_offload_device()}
+        options = {"load_device": device, "offload_device": torch.device("cpu")}
     if sizes:
         options["qwen3_4b_model_config"] = sizes
         clip = _small_clip(path.parent, checkpoint, options, embedding_directory, disable_dynamic)

@@ -34,6 +34,8 @@ def load_vae(path: Path, device: torch.device | None = None):
         weights = weights | _identity_convolutions()
     vae = comfy.sd.VAE(sd=dict(weights), metadata=checkpoint.metadata, config=host_config, device=device)
     vae.latent_channels = LATENT_CHANNELS
+    if device is not None:
+        vae.patcher.offload_device = torch.device("cpu")
     vae.patcher.cached_patcher_init = (_load_patcher, (path, device))
     return vae
 

@@ -62,10 +62,14 @@ class ZImageTurboLoader(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, diffusion_model):
+        if diffusion_model is None:  # linked: known only when the graph runs
+            return True
         return catalogue.problem("diffusion_model", diffusion_model) or True
 
     @classmethod
     def fingerprint_inputs(cls, diffusion_model, text_encoder, vae, precision, device):
+        if None in (diffusion_model, text_encoder, vae):  # linked: the host's cache follows what they come from
+            return ""
         return catalogue.resolve(diffusion_model, text_encoder, vae).fingerprint()
 
     @classmethod

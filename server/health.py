@@ -37,9 +37,10 @@ def fault() -> str | None:
     """Why no prompt can be run, or None."""
     if not any("prompt_worker" in thread.name for thread in threading.enumerate()):
         return "The prompt worker is not running: it starts, or it has died. If this stays, restart ComfyUI."
-    if torch.cuda.is_available():
+    device = management.get_torch_device()
+    if device.type == "cuda":
         try:
-            torch.cuda.mem_get_info()
+            torch.cuda.mem_get_info(device)
         except RuntimeError as error:  # after a kernel fault every CUDA call of the process fails
             return f"CUDA does not answer: {str(error).splitlines()[0]} Restart ComfyUI."
     return None
@@ -47,15 +48,17 @@ def fault() -> str | None:
 
 def loaded_models() -> list[dict]:
     """The models that the host holds: class, device, bytes held there and in all, in MiB."""
+    # A model may be freed meanwhile: each entry refers to its patcher weakly, so it is looked up once.
+    held = [(entry.device, entry.model) for entry in list(management.current_loaded_models)]
     return [
         {
-            "model": type(entry.model.model).__name__,
-            "device": str(entry.device),
-            "loaded_mib": round(entry.model_loaded_memory() / _MIB),
-            "size_mib": round(entry.model_memory() / _MIB),
+            "model": type(patcher.model).__name__,
+            "device": str(device),
+            "loaded_mib": round(patcher.loaded_size() / _MIB),
+            "size_mib": round(patcher.model_size() / _MIB),
         }
-        for entry in list(management.current_loaded_models)
-        if entry.model is not None
+        for device, patcher in held
+        if patcher is not None
     ]
 
 

@@ -136,9 +136,9 @@ async def test_weights_of_nan_give_an_error_and_no_picture(comfy, diffusers):
 
 
 async def test_a_good_folder_draws_in_its_own_size_and_auto_takes_it(comfy, diffusers):
-    diffusers_folder(diffusers / "good")
-    configured("transformer", sample_size=24)(diffusers / "good")
-    for choice in ("diffusers/good", "auto"):
+    diffusers_folder(diffusers / "good-turbo")
+    configured("transformer", sample_size=24)(diffusers / "good-turbo")
+    for choice in ("diffusers/good-turbo", "auto"):
         (picture,) = await comfy.draw(turbo(diffusion_model=choice, steps=1, seed=30))
         assert picture.shape == (192, 192, 3)
 

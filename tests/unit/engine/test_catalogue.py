@@ -49,12 +49,29 @@ def test_another_build_of_the_official_file_is_found(models):
 
 
 def test_a_diffusers_folder_is_offered_and_taken_by_auto(models):
-    for name, pipeline in (("Z-Image-Turbo", "ZImagePipeline"), ("flux", "FluxPipeline")):
+    for name, pipeline in (
+        ("A-Z-Image", "ZImagePipeline"),
+        ("Z-Image-Turbo", "ZImagePipeline"),
+        ("flux", "FluxPipeline"),
+    ):
         put(models, f"diffusers/{name}/transformer/x", f"diffusers/{name}/text_encoder/x", f"diffusers/{name}/vae/x")
         (models / "diffusers" / name / "model_index.json").write_text(json.dumps({"_class_name": pipeline}))
-    assert catalogue.options("diffusion_model") == ["auto", "demo", "diffusers/Z-Image-Turbo"]
+    assert catalogue.options("diffusion_model") == ["auto", "demo", "diffusers/A-Z-Image", "diffusers/Z-Image-Turbo"]
     assert catalogue.resolve("auto", "auto", "auto").vae == models / "diffusers" / "Z-Image-Turbo" / "vae"
     assert catalogue.resolve("demo", "auto", "auto").vae == catalogue.DEMO_FOLDER / "vae"
+    assert catalogue.resolve("diffusers/A-Z-Image", "auto", "auto").vae == models / "diffusers" / "A-Z-Image" / "vae"
+
+
+def test_a_file_in_a_subfolder_called_diffusers_is_a_file(models):
+    put(
+        models,
+        "diffusion_models/diffusers/zit.safetensors",
+        "text_encoders/diffusers/qwen.safetensors",
+        "vae/ae.safetensors",
+    )
+    parts = catalogue.resolve("diffusers/zit.safetensors", "diffusers/qwen.safetensors", "auto")
+    assert parts.diffusion_model == models / "diffusion_models" / "diffusers" / "zit.safetensors"
+    assert parts.text_encoder == models / "text_encoders" / "diffusers" / "qwen.safetensors"
 
 
 @pytest.mark.parametrize("lacking", ["transformer", "text_encoder", "vae"])

@@ -128,7 +128,14 @@ def test_int8_is_multiplied_out_exactly(single_file, tmp_path):
     assert torch.equal(draw(tmp_path / "int8.safetensors", "fp32"), draw(tmp_path / "products.safetensors", "fp32"))
 
 
-@pytest.mark.parametrize("mark", [b'{"format": "nvfp4"}', b'{"format": "int8_tensorwise", "convrot": true}'])
+@pytest.mark.parametrize(
+    "mark",
+    [
+        b'{"format": "nvfp4"}',
+        b'{"format": "int8_tensorwise", "convrot": true}',
+        b'{"format": "int8_tensorwise", "params": {"convrot": true}}',
+    ],
+)
 def test_a_format_without_a_plain_product_is_not_multiplied_out(mark):
     marker = torch.tensor(list(mark), dtype=torch.uint8)
     weights = {"a.weight": torch.zeros(2, 2), "a.weight_scale": torch.ones(1), "a.comfy_quant": marker}
@@ -150,6 +157,33 @@ def test_a_wrong_shape_is_named(single_file, tmp_path):
     save_file(weights, tmp_path / "odd.safetensors")
     with pytest.raises(CheckpointError, match=r"odd\.safetensors.*layers\.0\.attention\.out\.weight"):
         model.load_model(tmp_path / "odd.safetensors")
+
+
+def test_row_scales_without_a_second_dimension_scale_rows():
+    marker = torch.tensor(list(b'{"format": "int8_tensorwise"}'), dtype=torch.uint8)
+    weights = {
+        "a.weight": torch.ones(2, 2, dtype=torch.int8),
+        "a.weight_scale": torch.tensor([1.0, 2.0]),
+        "a.comfy_quant": marker,
+    }
+    assert formats.expanded(holding(weights), torch.float32).weights["a.weight"].tolist() == [[1, 1], [2, 2]]
+
+
+def test_metadata_that_names_prefixed_layers(single_file, tmp_path):
+    """The newer form of a quantised whole checkpoint: marks in the metadata, keys behind a prefix."""
+    weights = load_file(single_file)
+    quantised, layers = {}, {}
+    for layer in linear_layers(weights):
+        weight = weights.pop(f"{layer}.weight").float()
+        scale = weight.abs().max() / 448
+        name = f"model.diffusion_model.{layer}"
+        quantised |= {f"{name}.weight": (weight / scale).to(torch.float8_e4m3fn), f"{name}.weight_scale": scale}
+        layers[name] = {"format": "float8_e4m3fn"}
+    quantised |= {f"model.diffusion_model.{name}": value for name, value in weights.items()}
+    metadata = {"_quantization_metadata": json.dumps({"layers": layers})}
+    save_file(quantised, tmp_path / "whole.safetensors", metadata=metadata)
+    plain = fp8_file(single_file, tmp_path / "fp8.safetensors", old_style=False)
+    assert torch.equal(draw(tmp_path / "whole.safetensors", "fp32"), draw(plain, "fp32"))
 
 
 def test_prefixed_keys_of_a_whole_checkpoint(single_file, tmp_path):

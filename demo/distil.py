@@ -19,9 +19,9 @@ from .autoencoder import Autoencoder, Decoder
 from .checkpoint import load_part, load_state, load_tokenizer, save_part
 from .dataset import Arrays, make_dataset, take
 from .inherit import narrow_autoencoder
-from .picture import load_atlas, render
+from .picture import detail_weight, load_atlas, render
 
-SIZES = {(256, 256): 50_000}
+SIZES = {(256, 256): 40_000, (192, 192): 20_000, (224, 208): 8_000, (208, 304): 8_000, (320, 240): 8_000}
 WOBBLE = 0.14  # standard deviation of wrong latents in units of a channel's own
 COARSE_SHARE = 0.3  # of the time: the decoder's coarse half alone
 
@@ -40,9 +40,9 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def picture_loss(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    """Absolute and squared error, and absolute error of the gradients at three scales."""
-    loss = (x - y).abs().mean() + 0.5 * (x - y).square().mean()
+def picture_loss(x: torch.Tensor, y: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Absolute and squared error, weighted by [B, 1, H, W], and absolute error of the gradients at three scales."""
+    loss = (((x - y).abs() + 0.5 * (x - y).square()) * weight).mean() / weight.mean()
     for scale in (1, 2, 4):
         a, b = (F.avg_pool2d(t, scale) for t in (x, y))
         across = (a[..., 1:] - a[..., :-1]) - (b[..., 1:] - b[..., :-1])
@@ -79,12 +79,14 @@ class Distiller:
         fused = self.device.type == "cuda"
         self.optimizer = torch.optim.AdamW(parameters, lr=args.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=fused)
 
-    def pictures(self) -> torch.Tensor:
+    def pictures(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Rendered scenes [B, 3, H, W] and how much each pixel counts [B, 1, H, W]: small things have few."""
         size = self.rng.choice(list(self.data))
         data: Arrays = self.data[size]
         rows = torch.randint(len(data["length"]), (max(2, self.args.pixels // (size[0] * size[1])),))
-        x = render(take(data, rows, self.device), *size, self.atlas)
-        return x.contiguous(memory_format=torch.channels_last)
+        batch = take(data, rows, self.device)
+        x = render(batch, *size, self.atlas).contiguous(memory_format=torch.channels_last)
+        return x, F.interpolate(detail_weight(batch, *size, text=2.0, shapes=2.0), scale_factor=8)
 
     def wobbled(self, mean: torch.Tensor) -> torch.Tensor:
         """Latents as a denoiser gives them: a little wrong, some more than others."""
@@ -100,29 +102,36 @@ class Distiller:
         spread = goal_mean.std((0, 2, 3), keepdim=True)
         return ((mean - goal_mean) / spread).square().mean() + 1e-3 * (moments - goal).square().mean()
 
-    def decoder_loss(self, x: torch.Tensor, goal: torch.Tensor, coarse_only: bool) -> torch.Tensor:
+    def decoder_loss(
+        self, x: torch.Tensor, weight: torch.Tensor, goal: torch.Tensor, coarse_only: bool
+    ) -> torch.Tensor:
         mean = goal.chunk(2, 1)[0]
-        with torch.no_grad():
-            wanted = coarse_features(self.teacher.decoder, mean.to(self.dtype)).float()
         stages = DecoderStages(self.vae.decoder)
         weights = {f"decoder.{name}": p for name, p in self.cast("decoder").items()}
         features, y = functional_call(stages, weights, (self.wobbled(mean).to(self.dtype), coarse_only))
-        hint = (features.float() - wanted).square().mean() / wanted.square().mean()
         if coarse_only:
-            return hint
+            return self.hint(features, mean)
         self.error = (x - y.detach().float()).square().mean() / 4
-        return picture_loss(x, y.float()) + 0.1 * hint
+        loss = picture_loss(x, y.float(), weight)
+        return loss if self.args.init else loss + 0.1 * self.hint(features, mean)
+
+    def hint(self, features: torch.Tensor, mean: torch.Tensor) -> torch.Tensor:
+        """How far the coarse features are from the teacher's: a good start, but it knows one size only."""
+        with torch.no_grad():
+            wanted = coarse_features(self.teacher.decoder, mean.to(self.dtype)).float()
+        return (features.float() - wanted).square().mean() / wanted.square().mean()
 
     def advance(self, done: float) -> torch.Tensor:
         """One step; `done` is the share of the time that has passed. Returns the loss."""
-        x = self.pictures()
+        x, weight = self.pictures()
         with torch.no_grad():
             goal = self.teacher.encoder(x.to(self.dtype)).float()
         loss = torch.zeros((), device=self.device)
         if "encoder" in self.args.parts:
             loss = loss + self.encoder_loss(x, goal)
         if "decoder" in self.args.parts:
-            loss = loss + self.decoder_loss(x, goal, coarse_only=done < COARSE_SHARE and not self.args.init)
+            coarse_only = done < COARSE_SHARE and not self.args.init
+            loss = loss + self.decoder_loss(x, weight, goal, coarse_only)
         loss.backward()
         for group in self.optimizer.param_groups:
             group["lr"] = self.args.lr * min(1.0, 0.01 + 1.6 * (1 - done))
@@ -169,6 +178,7 @@ def main() -> None:
     log(f"{sum(len(part['length']) for part in data.values())} scenes")
     torch.manual_seed(0)
     device = torch.device(args.device)
+    torch.backends.cudnn.benchmark = True  # batches have few shapes
     teacher = load_part(args.teacher, "vae").to(device, memory_format=torch.channels_last)
     teacher = teacher.to(torch.bfloat16) if device.type == "cuda" else teacher
     vae = load_part(args.init, "vae") if args.init else Autoencoder(configs.AUTOENCODER)

@@ -139,10 +139,10 @@ def render(batch: dict[str, torch.Tensor], width: int, height: int, atlas: torch
     return over(image, batch["sign"][:, 3], ink) * 2 - 1
 
 
-def text_weight(batch: dict[str, torch.Tensor], width: int, height: int, extra: float) -> torch.Tensor:
-    """Loss weights [B, 1, height / 8, width / 8]: one, and `extra` more where characters stand.
+def detail_weight(batch: dict[str, torch.Tensor], width: int, height: int, text: float, shapes: float) -> torch.Tensor:
+    """Loss weights [B, 1, height / 8, width / 8]: one, `text` more where characters stand, `shapes` more at shapes.
 
-    Small characters cover few latents and need as much attention as large ones, so they get up to twice as much.
+    Small things cover few latents and need as much attention as large ones, so they get up to twice as much.
     """
     device = batch["box"].device
     py = ((torch.arange(height // 8, device=device) + 0.5) * 8).view(1, -1, 1)
@@ -150,4 +150,9 @@ def text_weight(batch: dict[str, torch.Tensor], width: int, height: int, extra: 
     left, top, cell = (batch["box"][:, j].view(-1, 1, 1) for j in range(3))
     count = batch["sign"][:, 4].view(-1, 1, 1)
     inside = (px > left - 4) & (px < left + count * cell + 4) & (py > top - 4) & (py < top + cell + 4)
-    return 1 + (extra * inside * (54 / cell).clamp(1, 2)).unsqueeze(1)
+    weight = 1 + text * inside * (54 / cell).clamp(1, 2)
+    for i in range(MAX_SHAPES):
+        x, y, radius = (batch["shape"][:, 4 * i + j].view(-1, 1, 1) for j in range(3))
+        near = torch.maximum((px - x).abs(), (py - y).abs()) < radius + 6
+        weight = torch.maximum(weight, 1 + shapes * near * (36 / radius).clamp(0.5, 2))
+    return weight.unsqueeze(1)

@@ -10,7 +10,7 @@ from .picture import render
 
 SHORT = 32
 CHUNK = 64  # pictures encoded at once, always as many: convolutions are planned anew for every other shape
-KEPT = ("tokens", "length", "box", "sign")
+KEPT = ("tokens", "length", "shape", "box", "sign")  # what training needs of a scene beside its picture
 
 
 class Shelf:

@@ -23,13 +23,13 @@ from .denoiser import Denoiser
 from .inherit import narrow_feed_forward, translate_embeddings
 from .model import Model
 from .muon import make_optimizers, set_rate
-from .picture import load_atlas, text_weight
+from .picture import detail_weight, load_atlas
 from .ranks import Ranks
 from .shelves import Shelves
 from .tokenization import train_tokenizer
 
 VOCABULARY = 1024
-TOKENS_PER_BATCH = 384 * 288  # 384 pictures of 256x256 with a short prompt
+TOKENS_PER_BATCH = 768 * 288  # 768 pictures of 256x256 with a short prompt
 LOW_NOISE_FROM = 0.8  # share of the time after which half of the draws are of low noise
 
 
@@ -50,7 +50,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--lr", type=float, default=1e-3, help="AdamW; Muon runs at ten times this")
     parser.add_argument("--warm-up", type=int, default=200, help="steps until the full rate")
     parser.add_argument("--decay-from", type=float, default=0.5, help="share of the time at constant rate")
-    parser.add_argument("--text-weight", type=float, default=4.0)
+    parser.add_argument("--text-weight", type=float, default=4.0, help="extra loss where characters stand")
+    parser.add_argument("--shape-weight", type=float, default=2.0, help="extra loss where shapes stand")
     parser.add_argument("--seed", type=int, default=11, help="of the scenes")
     parser.add_argument("--save-every", type=float, default=100, help="seconds between checkpoints")
     parser.add_argument("--device", default="cuda")
@@ -111,7 +112,7 @@ class Trainer:
         noise, s = torch.randn_like(latents), sigma.view(-1, 1, 1, 1)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
             velocity = self.model(s * noise + (1 - s) * latents, sigma, rows["tokens"][:, :words], rows["length"])
-        weight = text_weight(rows, *shelf.size, self.args.text_weight)
+        weight = detail_weight(rows, *shelf.size, self.args.text_weight, self.args.shape_weight)
         return ((velocity.float() - (noise - latents)).square() * weight).mean() / weight.mean()
 
     def advance(self, done: float) -> torch.Tensor:
@@ -142,8 +143,8 @@ class Trainer:
         start, saved, losses = time.time(), time.time(), []
         while (elapsed := self.ranks.agree(time.time() - start)) < self.args.seconds:
             losses.append(self.advance(elapsed / self.args.seconds))
-            if self.step % 16 == 0:
-                self.shelves.refill(square_count=384, other_count=64, others=4)
+            if self.step % 24 == 0:
+                self.shelves.refill(square_count=384, other_count=64, others=6)
             if self.step % 200 == 0:
                 log(
                     f"step {self.step}, {self.step / (time.time() - start):.2f} a second, "
@@ -178,6 +179,7 @@ def main() -> None:
     ranks.join(device)
     torch.manual_seed(0)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew, for half a second, at every new shape
     torch._dynamo.config.recompile_limit = 64
     vae = load_part(args.vae, "vae").to(device, memory_format=torch.channels_last)
     vae = vae.to(torch.bfloat16) if device.type == "cuda" else vae

@@ -1,0 +1,294 @@
+"""The fused element-wise kernels and attention at Z-Image's sizes, beside eager torch, after a correctness gate.
+
+Run on a machine with an NVIDIA GPU: python benchmarks/kernels_fused.py [--sweep] [--out FILE.json]
+
+Each figure is of one call inside a CUDA graph that goes round three sets of tensors, so that launches cost nothing and
+the caches hold little. TB/s counts every input read once and every output written once. Nothing is timed before every
+result has been held against float64.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch.nn.functional import layer_norm, rms_norm, silu
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from kernels import attention, norm, rope, swiglu
+from kernels.arguments import quantise_rows
+
+TOKENS, WIDTH, HEADS, HEAD_WIDTH, HIDDEN = 4224, 3840, 30, 128, 10240
+EPS, SETS, REPLAYS = 1e-5, 3, 15
+EXACT = 0.01  # relative error of an attention backend that rounds to bf16 only: 0.003 to 0.005
+ATTENTION_BLOCKS = [(128, 128, 8, 2), (128, 128, 8, 3), (128, 64, 8, 3), (128, 64, 8, 4), (64, 64, 4, 3)]
+
+
+@dataclass
+class Case:
+    """ours and eager take the tensors that make() gives and return a tuple of tensors, or (codes, row scales)."""
+
+    name: str
+    make: Callable[[], tuple]
+    ours: Callable
+    eager: Callable
+    fp8: bool = False
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--sweep", action="store_true", help="time our attention with other blocks too, and the parts of its FP8 form"
+    )
+    parser.add_argument("--out", type=Path, help="write all figures as JSON")
+    arguments = parser.parse_args()
+    if not torch.cuda.is_available():
+        sys.exit("needs an NVIDIA GPU")
+    with torch.inference_mode():
+        report = {**machine(), "elementwise": elementwise(), "attention": attention_backends()}
+        if arguments.sweep:
+            report["sweep"] = sweep()
+    if arguments.out:
+        arguments.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+
+
+def machine() -> dict:
+    import triton
+
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    driver = subprocess.run(query, check=True, capture_output=True, text=True).stdout.split()[0]
+    about = {"gpu": torch.cuda.get_device_name(), "driver": driver, "torch": torch.__version__}
+    about |= {"triton": triton.__version__, "cudnn": torch.backends.cudnn.version(), "date": time.strftime("%Y-%m-%d")}
+    print(", ".join(f"{name} {value}" for name, value in about.items()), flush=True)
+    return about
+
+
+def cases(device, tokens=TOKENS) -> list[Case]:
+    """Every fused op with its eager composition, every step of which rounds to bf16 as in the host."""
+
+    def tensor(*shape, spread=1.0, dtype=torch.bfloat16):
+        return (torch.randn(shape, device=device) * spread).to(dtype)
+
+    def modulate():
+        return tensor(1, tokens, WIDTH, spread=3), 1 + tensor(WIDTH, spread=0.2), tensor(1, WIDTH)
+
+    def residual(dtype=torch.bfloat16):
+        x, h = tensor(1, tokens, WIDTH, spread=3, dtype=dtype), tensor(1, tokens, WIDTH, spread=5)
+        return x, h, 1 + tensor(WIDTH, spread=0.2), tensor(1, WIDTH), 1 + tensor(WIDTH, spread=0.2), tensor(1, WIDTH)
+
+    def heads():
+        phase = torch.randn(tokens, HEAD_WIDTH // 2, device=device) * 9
+        weights = (1 + tensor(HEAD_WIDTH, spread=0.2) for _ in range(2))
+        return tensor(1, tokens, 3, HEADS, HEAD_WIDTH), *weights, torch.stack((phase.cos(), phase.sin()), -1)
+
+    def gate():
+        return tensor(tokens, HIDDEN, spread=2), tensor(tokens, HIDDEN, spread=2)
+
+    def eager_modulate(x, weight, scale):
+        return (rms_norm(x, x.shape[-1:], weight, EPS) * (1 + scale.unsqueeze(1)),)
+
+    def eager_residual(x, h, post_weight, gate, next_weight, scale):
+        x = x + gate.unsqueeze(1).tanh() * rms_norm(h, h.shape[-1:], post_weight, EPS)
+        return x, eager_modulate(x, next_weight.to(x.dtype), scale)[0].to(h.dtype)
+
+    def eager_rope(qkv, q_weight, k_weight, table):
+        cos, sin = table[:, None].unbind(-1)
+        out = []
+        for part, weight in enumerate((q_weight, k_weight)):
+            x = rms_norm(qkv[:, :, part], qkv.shape[-1:], weight, EPS).to(table.dtype)
+            a, b = x[..., 0::2], x[..., 1::2]
+            rotated = torch.stack((a * cos - b * sin, a * sin + b * cos), -1).flatten(-2)
+            out.append(rotated.to(qkv.dtype).transpose(1, 2).contiguous())
+        return tuple(out)
+
+    def eager_gate(a, b):
+        return (silu(a) * b,)
+
+    def eager_layer(x, weight, scale):
+        return (layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale.unsqueeze(1)),)
+
+    def quantised(eager):
+        return lambda *given: (*eager(*given)[:-1], *quantise_rows(eager(*given)[-1]))
+
+    def ours_residual(*given, quantise=False):
+        return norm.residual_rms_modulate(*given, EPS, quantise)
+
+    return [
+        Case("rms_modulate", modulate, lambda *given: (norm.rms_modulate(*given, EPS),), eager_modulate),
+        Case(
+            "rms_modulate -> fp8", modulate, lambda *given: norm.rms_modulate(*given, EPS, True),
+            quantised(eager_modulate), fp8=True,
+        ),
+        Case("residual_rms_modulate", residual, ours_residual, eager_residual),
+        Case("residual_rms_modulate, fp32", lambda: residual(torch.float32), ours_residual, eager_residual),
+        Case(
+            "residual_rms_modulate -> fp8", residual, lambda *given: ours_residual(*given, quantise=True),
+            quantised(eager_residual), fp8=True,
+        ),
+        Case("layer_modulate", modulate, lambda x, _, scale: (norm.layer_modulate(x, scale, 1e-6),), eager_layer),
+        Case("qk_norm_rope, by heads", heads, lambda *given: rope.qk_norm_rope(*given, EPS)[:2], eager_rope),
+        Case(
+            "qk_norm_rope, by tokens", heads,
+            lambda *given: rope.qk_norm_rope(*given, EPS, layout="tokens")[:2], eager_rope,
+        ),
+        Case("silu_mul", gate, lambda a, b: (swiglu.silu_mul(a, b),), eager_gate),
+        Case(
+            "silu_mul_joint", lambda: (tensor(tokens, 2 * HIDDEN, spread=2),),
+            lambda ab: (swiglu.silu_mul_joint(ab),), lambda ab: eager_gate(*ab.chunk(2, 1)),
+        ),
+        Case(
+            "silu_mul -> fp8", gate, lambda a, b: swiglu.silu_mul(a, b, True), quantised(eager_gate), fp8=True,
+        ),
+    ]  # fmt: skip
+
+
+def errors(case: Case, given: tuple) -> tuple[float, float]:
+    """Relative error of ours and of eager against the eager composition in float64, the worst of the outputs."""
+    exact = case.eager(*(tensor.double() for tensor in given))
+    found = []
+    for result in (case.ours(*given), case.eager(*given)):
+        worst = 0.0
+        for out, truth in zip(values(result, case.fp8), values(exact, case.fp8), strict=True):
+            worst = max(worst, relative(out, truth))
+        found.append(worst)
+    return tuple(found)
+
+
+def values(result: tuple, fp8: bool) -> list[torch.Tensor]:
+    """The outputs as float64, codes and row scales multiplied."""
+    outs = [out.double() for out in result]
+    return [*outs[:-2], outs[-2] * outs[-1].view(*outs[-2].shape[:-1], 1)] if fp8 else outs
+
+
+def relative(ours: torch.Tensor, exact: torch.Tensor) -> float:
+    return ((ours.double() - exact.double()).norm() / exact.double().norm()).item()
+
+
+def elementwise() -> list[dict]:
+    """Gate, then time, every fused op; the copy of a tensor of 65 MB stands for what the memory can do."""
+    every = cases("cuda")
+    for case in every:
+        ours, eager = errors(case, case.make())
+        if not ours <= 2 * eager:  # so written that NaN fails
+            sys.exit(f"{case.name}: error {ours:.2e} against {eager:.2e} of eager torch; nothing was timed")
+    sets = [(torch.randn(TOKENS, WIDTH, device="cuda"), torch.empty(TOKENS, WIDTH, device="cuda")) for _ in range(SETS)]
+    rows = [{"name": "copy", "ms": timed(lambda x, y: y.copy_(x), sets), "bytes": 2 * sets[0][0].nbytes}]
+    for case in every:
+        sets = [case.make() for _ in range(SETS)]
+        row = {"name": case.name, "ms": timed(case.ours, sets), "eager_ms": timed(case.eager, sets)}
+        row["bytes"] = sum(tensor.nbytes for tensor in (*sets[0], *case.ours(*sets[0])))
+        if case.name.startswith("qk"):
+            row["bytes"] -= sets[0][0].nbytes // 3  # v stays where it is
+        rows.append(row)
+    print(f"\n{'op':30}{'us':>9}{'TB/s':>8}{'eager us':>10}{'speed-up':>10}")
+    for row in rows:
+        middle = row["ms"][1]
+        row["tb_s"] = row["bytes"] / middle / 1e9
+        line = f"{row['name']:30}{middle * 1e3:9.1f}{row['tb_s']:8.2f}"
+        if "eager_ms" in row:
+            line += f"{row['eager_ms'][1] * 1e3:10.1f}{row['eager_ms'][1] / middle:9.1f}x"
+        print(line, flush=True)
+    return rows
+
+
+def projections(layout: str):
+    """q, k, v of unit spread, in memory by heads or by tokens."""
+    order = (1, HEADS, TOKENS, HEAD_WIDTH) if layout == "heads" else (1, TOKENS, HEADS, HEAD_WIDTH)
+    made = (torch.randn(order, device="cuda", dtype=torch.bfloat16) for _ in range(3))
+    return tuple(part if layout == "heads" else part.transpose(1, 2) for part in made)
+
+
+def exact_attention(q, k, v):
+    heads = [
+        ((q[:, h].double() @ k[:, h].double().mT) / HEAD_WIDTH**0.5).softmax(-1) @ v[:, h].double()
+        for h in range(HEADS)
+    ]
+    return torch.stack(heads, 1)
+
+
+def attention_backends() -> list[dict]:
+    """Every backend that runs here, on q, k, v in both layouts; the gate is EXACT, or the error the backend states."""
+    rows = []
+    print(f"\n{'attention':30}{'layout':>8}{'ms':>9}{'TFLOP/s':>9}{'error':>10}")
+    for layout in ("heads", "tokens"):
+        sets = [projections(layout) for _ in range(SETS)]
+        exact = exact_attention(*sets[0])
+        for name, reason in attention.ATTENTION.refusals(attention.request(*sets[0])).items():
+            if reason:
+                print(f"{name:30}{layout:>8}  {reason}")
+                continue
+            backend = attention.ATTENTION.backends[name]
+            run = partial(backend.function, lengths=None)
+            rows.append(attention_row(name, layout, run, sets, exact, backend.error or EXACT))
+    return rows
+
+
+def attention_row(name, layout, run, sets, exact, allowed) -> dict:
+    error = relative(run(*sets[0]), exact)
+    if not error <= allowed:  # so written that NaN fails
+        sys.exit(f"{name}: error {error:.2e} is above {allowed}; it was not timed")
+    row = {"name": name, "layout": layout, "error": error, "ms": timed(run, sets)}
+    row["tflop_s"] = 4 * HEADS * TOKENS**2 * HEAD_WIDTH / row["ms"][1] / 1e9
+    print(f"{name:30}{layout:>8}{row['ms'][1]:9.3f}{row['tflop_s']:9.0f}{row['error']:10.1e}", flush=True)
+    return row
+
+
+def sweep() -> list[dict]:
+    """Our attention with other blocks, and the parts of its FP8 form."""
+    from kernels import attention_triton, heads_triton
+
+    sets = [projections("tokens") for _ in range(SETS)]
+    exact, fp8_error = exact_attention(*sets[0]), attention.ATTENTION.backends["triton-fp8"].error
+    rows = []
+    for blocks in ATTENTION_BLOCKS:
+        name = "triton {}x{} w{} s{}".format(*blocks)
+        run = partial(attention_triton.attention, lengths=None, blocks=blocks)
+        rows.append(attention_row(name, "tokens", run, sets, exact, EXACT))
+    coded = [(q, *heads_triton.quantise_heads(k), *heads_triton.quantise_heads(v, transposed=True)) for q, k, v in sets]
+    for blocks in ATTENTION_BLOCKS:
+        name = "fp8 alone {}x{} w{} s{}".format(*blocks)
+        run = partial(attention_triton.attention_quantised, lengths=None, blocks=blocks)
+        rows.append(attention_row(name, "tokens", run, coded, exact, fp8_error))
+    bound = torch.full((1, HEADS), 16.0, device="cuda")
+    parts = {
+        "quantise k": lambda q, k, v: heads_triton.quantise_heads(k),
+        "quantise k, known bound": lambda q, k, v: heads_triton.quantise_heads(k, largest=bound),
+        "quantise v, transposed": lambda q, k, v: heads_triton.quantise_heads(v, transposed=True),
+    }
+    for name, run in parts.items():
+        rows.append({"name": name, "ms": timed(run, sets)})
+        print(f"{name:34}{rows[-1]['ms'][1]:9.3f}", flush=True)
+    return rows
+
+
+def timed(run: Callable, sets: list[tuple]) -> tuple[float, float, float]:
+    """20th, 50th and 80th percentile of the milliseconds of one call, from replays of a CUDA graph of 3 * SETS."""
+    for given in sets:
+        run(*given)  # compiles, and warms the allocator
+    torch.cuda.synchronize()
+    graph, calls = torch.cuda.CUDAGraph(), 3 * sets
+    with torch.cuda.graph(graph):
+        for given in calls:
+            run(*given)
+    graph.replay()
+    found = []
+    for _ in range(REPLAYS):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        found.append(start.elapsed_time(end) / len(calls))
+    ranks = statistics.quantiles(found, n=10)
+    return ranks[1], statistics.median(found), ranks[7]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,166 @@
+"""Backends of an op by name: which can run a request, which is preferred, and why the others cannot.
+
+The module of an op makes one `Registry` and registers its backends in order of preference. A user adds one likewise,
+without touching this pack's files:
+
+    from zimage_turbo.kernels import attention
+
+    attention.ATTENTION.register(
+        "mine",
+        my_attention,                                                # takes what the op's own backends take
+        lambda request: None if request.head_dim == 128 else "needs a head dimension of 128",
+        error=0.01,                                                  # only where the result is not exact
+    )
+
+`my_attention` can then be chosen by its name, and takes part in "auto".
+"""
+
+import functools
+import importlib
+import importlib.util
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Request:
+    """What an op is asked to run on. An op whose backends decide by more than this has a subclass."""
+
+    device: torch.device
+    quantise: bool = False
+
+    @property
+    def capability(self) -> tuple[int, int]:
+        """Compute capability of this request's own GPU; (0, 0) on the CPU."""
+        return torch.cuda.get_device_capability(self.device) if self.device.type == "cuda" else (0, 0)
+
+    @property
+    def key(self) -> str:
+        """What a measured choice is remembered by: the machine's part and the request's, as text."""
+        name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type
+        return f"{name}, quantise={self.quantise}"
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One way to run an op. `error`: its relative error beyond the rounding of its result (0: exact)."""
+
+    name: str
+    function: Callable
+    refusal: Callable[[Request], str | None]
+    error: float = 0.0
+
+
+class Choices:
+    """Names measured to be fastest, per request; the caller keeps it, and saves it as JSON if it is to last."""
+
+    def __init__(self, names: dict[str, str] | None = None):
+        self.names = dict(names or {})
+
+    def to_json(self) -> str:
+        return json.dumps(self.names, indent=1, sort_keys=True)
+
+    @classmethod
+    def from_json(cls, text: str) -> "Choices":
+        """Raises ValueError when the text is not an object of strings."""
+        names = json.loads(text)
+        if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
+            raise ValueError(f"measured choices: expected a JSON object of strings, got {text[:80]!r}")
+        return cls(names)
+
+
+class Registry:
+    """The backends of one op, in order of preference."""
+
+    def __init__(self, op: str):
+        self.op = op
+        self.backends: dict[str, Backend] = {}
+
+    def register(self, name: str, function: Callable, refusal: Callable[[Request], str | None], error: float = 0.0):
+        """Add a backend, least preferred. refusal(request): None, or why it cannot run. ValueError on a used name."""
+        if name == "auto" or name in self.backends:
+            raise ValueError(
+                f"{self.op}: the backend name {name!r} is taken; taken are auto, {', '.join(self.backends)}"
+            )
+        self.backends[name] = Backend(name, function, refusal, error)
+
+    def refusals(self, request: Request) -> dict[str, str | None]:
+        """For each backend None, or why it cannot run this request."""
+        return {name: backend.refusal(request) for name, backend in self.backends.items()}
+
+    def choose(
+        self,
+        name: str,
+        request: Request,
+        *,
+        allowed_error: float = 0.0,
+        measure: Callable[[Backend], float] | None = None,
+        choices: Choices | None = None,
+    ) -> Backend:
+        """The backend of that name, or with "auto" the best that can run the request.
+
+        "auto" looks at backends whose stated error is at most `allowed_error`. It takes the first, or with `measure`
+        (Backend -> seconds) the fastest, which `choices` remembers until the set of candidates changes. A backend
+        that is named is taken whatever its error. Raises ValueError, with each backend's reason, when none can run.
+        """
+        if name != "auto":
+            backend = self.backends.get(name)
+            if backend is None or backend.refusal(request) is not None:
+                raise ValueError(self._complaint(name, request, allowed_error))
+            return backend
+        allowed = [backend for backend in self.backends.values() if backend.error <= allowed_error]
+        fitting = {backend.name: backend for backend in allowed if backend.refusal(request) is None}
+        if not fitting:
+            raise ValueError(self._complaint(name, request, allowed_error))
+        if measure is None:
+            return next(iter(fitting.values()))
+        choices = Choices() if choices is None else choices
+        key = f"{self.op}: {request.key}; of {', '.join(fitting)}"
+        if choices.names.get(key) not in fitting:
+            choices.names[key] = min(fitting, key=lambda candidate: measure(fitting[candidate]))
+        return fitting[choices.names[key]]
+
+    def _complaint(self, name: str, request: Request, allowed_error: float) -> str:
+        lines = []
+        for backend in self.backends.values():
+            reason = backend.refusal(request)
+            if reason is None and name == "auto":
+                reason = (
+                    f"its relative error of {backend.error} is above the {allowed_error} allowed; choose it by name"
+                )
+            lines.append(f"  {backend.name}: {reason or 'can run'}")
+        known = "" if name == "auto" or name in self.backends else " is not a known backend"
+        return f"{self.op}: backend {name!r}{known or ' cannot run this'}. The backends:\n" + "\n".join(lines)
+
+
+def lazily(module: str, function: str) -> Callable:
+    """kernels.<module>.<function>, imported at the first call: Triton may be missing where it is never used."""
+
+    def call(*arguments, **options):
+        return getattr(importlib.import_module(f".{module}", __package__), function)(*arguments, **options)
+
+    return call
+
+
+@functools.cache
+def installed(package: str) -> bool:
+    """Whether a top-level package can be imported, without importing it."""
+    return importlib.util.find_spec(package) is not None
+
+
+def triton_refusal(request: Request) -> str | None:
+    """Why our Triton kernels cannot run the request."""
+    if request.device.type != "cuda":
+        return f"needs an NVIDIA GPU, the tensors are on {request.device.type}"
+    if not installed("triton"):
+        return "the package triton is not installed"
+    if request.quantise and request.capability < (8, 9):
+        return "FP8 needs a GPU of compute capability 8.9 or newer, this one has {}.{}".format(*request.capability)
+    return None
+
+
+def no_refusal(request: Request) -> None:
+    """The refusal of a plain-torch reference: it runs anything, anywhere."""

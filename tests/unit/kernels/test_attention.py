@@ -1,0 +1,286 @@
+"""Attention: each backend that this machine can run against the formula in float64, and why the others refuse."""
+
+import sys
+
+import pytest
+import torch
+
+from zimage_turbo.kernels import attention, attention_triton, flash_attn, heads_triton, registry
+from zimage_turbo.kernels.attention import ATTENTION, AttentionRequest
+from zimage_turbo.tests.unit.kernels import accuracy
+from zimage_turbo.tests.unit.kernels.accuracy import GPU, error, normal, on_devices, poisoned, storable
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+# B, H, S, T, D
+sizes = on_devices(
+    cpu=[(1, 2, 33, 33, 64), (2, 1, 37, 75, 128), (1, 1, 5, 16, 64)],
+    cuda=[(1, 2, 320, 320, 128), (2, 3, 1000, 777, 64), (1, 30, 4224, 4224, 128)],
+)
+dtypes = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES.keys())
+requires_gpu = pytest.mark.skipif(not GPU, reason="no NVIDIA GPU")
+
+
+def formula(q, k, v, lengths=None):
+    """softmax(q kᵀ / sqrt(D)) v with every step in the tensors' dtype."""
+    scores = q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5
+    if lengths is not None:
+        attended = torch.arange(k.shape[2], device=k.device) < lengths[:, None]
+        scores = scores.masked_fill(~attended[:, None, None], float("-inf"))
+    return scores.softmax(-1) @ v
+
+
+def exactly(q, k, v, lengths=None):
+    """The formula in float64, head by head to bound its memory."""
+    heads = [formula(*(part[:, [head]].double() for part in (q, k, v)), lengths) for head in range(q.shape[1])]
+    return torch.cat(heads, 1)
+
+
+def arguments(size, device, dtype, spread=2):
+    """q and k of spread 2: a softmax far from even. All three laid out as the fused projection leaves them."""
+    batch, heads, tokens, keys, width = size
+    q, k, v = (
+        normal(batch, number, heads, width, device=device, dtype=dtype, spread=spread).transpose(1, 2)
+        for number, spread in ((tokens, spread), (keys, spread), (keys, 1))
+    )
+    return q, k, v
+
+
+def working(device):
+    """The dtype that the kernels compute in: fp32 in the interpreter, which cannot multiply bf16."""
+    return torch.float32 if device == "cpu" else torch.bfloat16
+
+
+def blocks(device):
+    """In the interpreter small blocks, so that small sizes take several; on a GPU the rule's."""
+    return (16, 32, 4, 2) if device == "cpu" else None
+
+
+def lengths_for(size, device):
+    return torch.tensor([max(1, size[3] // (2 + row)) for row in range(size[0])], device=device)
+
+
+@sizes
+@dtypes
+@pytest.mark.parametrize("ragged", [False, True], ids=["all-keys", "lengths"])
+def test_triton(device, size, dtype, ragged):
+    if device == "cuda" and dtype == torch.float32:
+        pytest.skip("the Triton kernel is for 16 bit on a GPU")
+    q, k, v = arguments(size, device, dtype)
+    lengths = lengths_for(size, device) if ragged else None
+    out = poisoned(q.shape, storable(dtype, device), device)
+    if ragged:
+        for row, length in enumerate(lengths.tolist()):
+            k[row, :, length:], v[row, :, length:] = float("nan"), float("nan")
+    attention_triton.attention(q, k, v, lengths, blocks(device), out)
+    if ragged:
+        k, v = k.nan_to_num(), v.nan_to_num()
+    exact = exactly(q, k, v, lengths)
+    allowed = 2e-6 if dtype == torch.float32 else 2 * error(formula(q, k, v, lengths), exact)
+    assert error(out, exact) <= allowed
+
+
+@sizes
+def test_large_scores_do_not_overflow(device, size):
+    q, k, v = arguments(size, device, working(device))
+    q = q * 300
+    out = attention_triton.attention(q, k, v, None, blocks(device))
+    # fp32 knows scores of some 5,000 to 3e-4; bf16 rounds weights and result to 2e-3
+    assert error(out, exactly(q, k, v)) < (1e-3 if device == "cpu" else 6e-3)
+
+
+@sizes
+def test_a_length_of_zero_gives_zeros(device, size):
+    q, k, v = arguments(size, device, working(device))
+    lengths = torch.zeros(size[0], dtype=torch.int32, device=device)
+    assert not attention_triton.attention(q, k, v, lengths, blocks(device)).any()
+    assert not attention.sdpa(q, k, v, lengths).any()
+
+
+@sizes
+def test_output_lies_by_tokens(device, size):
+    q, k, v = arguments(size, device, torch.float16)
+    assert attention_triton.attention(q, k, v, None, blocks(device)).transpose(1, 2).is_contiguous()
+
+
+@sizes
+@pytest.mark.parametrize("transposed", [False, True], ids=["keys", "values"])
+def test_heads_in_fp8(device, size, transposed):
+    _, k, _ = arguments(size, device, torch.float16)
+    codes, scales = heads_triton.quantise_heads(k, transposed)
+    codes = codes.transpose(2, 3)[:, :, : size[3]].contiguous() if transposed else codes
+    expected = k.float().abs().amax((2, 3)) / 448
+    reference = (k.float() / expected[..., None, None]).to(torch.float8_e4m3fn)
+    accuracy.same_fp8((codes, scales), (reference, expected))
+    bound = torch.full(k.shape[:2], 64.0, device=device)
+    codes, scales = heads_triton.quantise_heads(k, largest=bound)
+    accuracy.same_fp8((codes, scales), ((k.float() * 7).to(torch.float8_e4m3fn), bound / 448))
+
+
+@sizes
+@pytest.mark.parametrize("ragged", [False, True], ids=["all-keys", "lengths"])
+def test_attention_on_fp8_keys_and_values(device, size, ragged):
+    """Against the formula on the keys and values that the codes stand for: on a GPU q and the weights round to FP8
+    too, in the interpreter nothing does."""
+    q, k, v = arguments(size, device, working(device), spread=1)
+    lengths = lengths_for(size, device) if ragged else None
+    k_scales, v_scales = (torch.rand(size[:2], device=device) + 0.5 for _ in range(2))
+    k_codes, v_codes = (part.to(torch.float8_e4m3fn).contiguous() for part in (k, v))
+    padded = poisoned((*size[:2], size[4], -(-size[3] // 16) * 16), torch.float8_e4m3fn, device)
+    padded.view(torch.uint8)[..., : size[3]] = v_codes.view(torch.uint8).transpose(2, 3)
+    exact = exactly(
+        q, k_codes.double() * k_scales[..., None, None], v_codes.double() * v_scales[..., None, None], lengths
+    )
+    out = poisoned(q.shape, q.dtype, device)
+    attention_triton.attention_quantised(q, k_codes, k_scales, padded, v_scales, lengths, blocks(device), out)
+    assert error(out, exact) <= (2e-6 if device == "cpu" else ATTENTION.backends["triton-fp8"].error)
+
+
+@requires_gpu
+@pytest.mark.parametrize("name", ["cudnn", "flash-attn", "flash", "triton", "sdpa", "triton-fp8"])
+@pytest.mark.parametrize("size", [(1, 30, 4224, 4224, 128), (2, 2, 333, 333, 128)], ids=["full", "odd"])
+def test_every_backend_on_the_gpu(name, size):
+    q, k, v = arguments(size, "cuda", torch.bfloat16, spread=1)
+    reason = ATTENTION.refusals(attention.request(q, k, v))[name]
+    if reason:
+        pytest.skip(reason)
+    exact = exactly(q, k, v)
+    allowed = ATTENTION.backends[name].error or 2 * error(formula(q, k, v), exact)
+    assert error(attention.attention(q, k, v, backend=name), exact) <= allowed
+
+
+@requires_gpu
+def test_triton_backends_replay_in_a_cuda_graph():
+    q, k, v = arguments((1, 2, 333, 333, 128), "cuda", torch.bfloat16)
+    for name in ("triton", "triton-fp8"):
+        run = ATTENTION.choose(name, attention.request(q, k, v)).function
+        eager = run(q, k, v, None)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = run(q, k, v, None)
+        captured.fill_(float("nan"))
+        graph.replay()
+        assert torch.equal(captured, eager)
+
+
+def test_the_cpu_takes_sdpa_and_tells_why_not_the_others():
+    q, k, v = arguments((2, 2, 33, 20, 64), "cpu", torch.float32)
+    lengths = torch.tensor([20, 7])
+    assert ATTENTION.choose("auto", attention.request(q, k, v)).name == "sdpa"
+    assert error(attention.attention(q, k, v, lengths), exactly(q, k, v, lengths)) < 2e-6
+    with pytest.raises(ValueError, match="cannot run this") as caught:
+        attention.attention(q, k, v, backend="cudnn")
+    for line in ("cudnn: needs an NVIDIA GPU", "triton: needs an NVIDIA GPU", "sdpa: can run"):
+        assert line in str(caught.value)
+
+
+def on_gpu(monkeypatch, capability, **changes):
+    """A request as a GPU of that compute capability makes it; no GPU is needed to ask who would refuse it."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: True)
+    monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)
+    sizes = {"batch": 1, "heads": 30, "tokens": 4224, "keys": 4224, "head_dim": 128, "dtype": torch.bfloat16}
+    return AttentionRequest(device=torch.device("cuda:0"), **{**sizes, **changes})
+
+
+@pytest.mark.parametrize(
+    ("capability", "changes", "chosen", "allowed_error"),
+    [
+        ((9, 0), {}, "cudnn", 0.0),
+        ((8, 0), {"head_dim": 160}, "flash", 0.0),
+        ((9, 0), {"lengths": True}, "triton", 0.0),
+        ((9, 0), {"dtype": torch.float32}, "sdpa", 0.1),
+        ((7, 5), {"dtype": torch.float16}, "sdpa", 0.0),
+        ((9, 0), {"head_dim": 100, "lengths": True}, "sdpa", 0.0),
+    ],
+)
+def test_auto_by_capability(monkeypatch, capability, changes, chosen, allowed_error):
+    asked = on_gpu(monkeypatch, capability, **changes)
+    assert ATTENTION.choose("auto", asked, allowed_error=allowed_error).name == chosen
+
+
+def test_fp8_is_measured_only_where_its_error_is_allowed(monkeypatch):
+    asked = on_gpu(monkeypatch, (9, 0))
+
+    def measure(backend):
+        return {"triton-fp8": 1.0, "triton": 2.0}.get(backend.name, 3.0)
+
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+    assert ATTENTION.choose("auto", asked, measure=measure).name == "triton"
+    assert ATTENTION.choose("auto", asked, measure=measure, allowed_error=0.1).name == "triton-fp8"
+    assert ATTENTION.choose("triton-fp8", asked).name == "triton-fp8"
+    with pytest.raises(ValueError, match=r"triton-fp8: FP8 needs a GPU of compute capability 8\.9 .* has 8\.0"):
+        ATTENTION.choose("triton-fp8", on_gpu(monkeypatch, (8, 0)))
+
+
+@pytest.mark.parametrize(
+    ("files", "capability", "module"),
+    [
+        ([], (9, 0), None),
+        (["flash_attn/flash_attn_interface.py"], (9, 0), "flash_attn"),
+        (["flash_attn/flash_attn_interface.py"], (7, 5), None),
+        (["flash_attn/flash_attn_interface.py", "flash_attn/cute/__init__.py"], (9, 0), "flash_attn.cute"),
+        (["flash_attn/flash_attn_interface.py", "flash_attn/cute/__init__.py"], (8, 0), "flash_attn"),
+        (["flash_attn/cute/__init__.py", "flash_attn_interface.py"], (9, 0), "flash_attn_interface"),
+        (["flash_attn/cute/__init__.py", "flash_attn_interface.py"], (10, 0), "flash_attn.cute"),
+    ],
+)
+def test_flash_attn_is_found_without_an_import(tmp_path, monkeypatch, files, capability, module):
+    for file in files:
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file).write_text("raise ImportError('imported')\n")
+    if "flash_attn/flash_attn_interface.py" in files:
+        (tmp_path / "flash_attn" / "__init__.py").write_text("raise ImportError('imported')\n")
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    for cached in (registry.installed, flash_attn.flash_attn_module):
+        cached.cache_clear()
+        monkeypatch.setattr(sys, "path_importer_cache", {})
+    assert flash_attn.flash_attn_module(capability) == module
+    for cached in (registry.installed, flash_attn.flash_attn_module):
+        cached.cache_clear()
+
+
+def test_flash_attn_is_called_in_its_own_layout(monkeypatch):
+    """A stand-in for version 3 that checks [B, S, H, D] and returns a pair, as early builds did."""
+    seen = []
+
+    class Interface:
+        @staticmethod
+        def flash_attn_func(q, k, v):
+            seen.append(q.shape)
+            out = formula(*(part.transpose(1, 2) for part in (q, k, v))).transpose(1, 2)
+            return out, None
+
+    q, k, v = arguments((1, 2, 9, 9, 64), "cpu", torch.float32)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(flash_attn, "flash_attn_module", lambda capability: "flash_attn_stand_in")
+    monkeypatch.setitem(sys.modules, "flash_attn_stand_in", Interface)
+    out = flash_attn.flash_attn(q, k, v, None)
+    assert seen == [(1, 9, 2, 64)] and error(out, exactly(q, k, v)) < 2e-6
+
+
+def test_timing_ranks_backends():
+    q, k, v = arguments((1, 1, 8, 8, 64), "cpu", torch.float32)
+    calls = []
+
+    def function(q, k, v, lengths):
+        calls.append(lengths)
+
+    seconds = attention.timing(q, k, v, repeats=3)(registry.Backend("counted", function, registry.no_refusal))
+    assert seconds >= 0 and calls == [None] * 4
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        ({"q": torch.zeros(1, 2, 5)}, r"expected \[B, H, S, D\].* got \[1, 2, 5\]"),
+        ({"k": torch.zeros(1, 3, 7, 64)}, "q, k, v: expected"),
+        ({"v": torch.zeros(1, 2, 7, 64).half()}, "one floating dtype"),
+        ({"q": torch.zeros(1, 2, 64, 5).transpose(2, 3)}, "unit stride in D"),
+        ({"lengths": torch.ones(2, dtype=torch.int32)}, r"lengths: expected \[1\] of int32 or int64"),
+        ({"lengths": torch.ones(1)}, "lengths: expected .* of float32"),
+    ],
+)
+def test_refusals_name_what_was_given(change, complaint):
+    given = {"q": torch.zeros(1, 2, 5, 64), "k": torch.zeros(1, 2, 7, 64), "v": torch.zeros(1, 2, 7, 64)}
+    with pytest.raises(ValueError, match=complaint):
+        attention.attention(**{**given, **change})

@@ -1,0 +1,62 @@
+"""FP8 rows: quantising them, and their product."""
+
+import pytest
+import torch
+
+from zimage_turbo.kernels import fp8, fp8_triton
+from zimage_turbo.kernels.arguments import FP8, quantise_rows
+from zimage_turbo.tests.unit.kernels.accuracy import dequantised, error, normal, on_devices, poisoned, same_fp8
+
+sizes = on_devices(cpu=[(3, 64), (5, 272), (2, 1000)], cuda=[(4224, 3840), (333, 10240)])
+products = on_devices(cpu=[(3, 64, 32), (17, 272, 48)], cuda=[(4224, 3840, 3840), (333, 10240, 3840)])
+
+
+@sizes
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_quantise_rows(device, size, dtype):
+    x = normal(*size, device=device, dtype=dtype) * torch.logspace(-3, 3, size[0], device=device)[:, None].to(dtype)
+    x[1] = 0
+    out = poisoned(size, FP8, device), poisoned((size[0], 1), torch.float32, device)
+    ours = fp8_triton.quantise_rows(x, *out)
+    same_fp8(ours, quantise_rows(x))
+    assert (ours[0][1].float() == 0).all()
+
+
+def test_quantise_rows_is_as_close_as_three_bits_of_mantissa():
+    x = normal(16, 512, device="cpu")
+    assert error(dequantised(*fp8.quantise_rows(x)), x) < 2**-4 / 3**0.5
+
+
+@products
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("with_bias", [False, True], ids=["plain", "bias"])
+def test_linear(device, size, dtype, with_bias):
+    """Twice the error of rounding the result to bf16, and as much again for the fast accumulation of tensor cores."""
+    rows, columns, outputs = size
+    x, x_scales = fp8.quantise_rows(normal(rows, columns, device=device, dtype=dtype))
+    weight, weight_scales = fp8.quantise_weight(normal(outputs, columns, device=device, dtype=dtype, spread=0.02))
+    bias = normal(outputs, device=device, dtype=dtype) if with_bias else None
+    exact = dequantised(x, x_scales) @ dequantised(weight, weight_scales).T
+    if with_bias:
+        exact += bias.double()
+    ours = fp8.linear(x, x_scales, weight, weight_scales, bias, dtype)
+    assert ours.dtype == dtype
+    allowed = 2 * error(exact.to(torch.bfloat16), exact)
+    assert error(ours, exact) < (allowed if device == "cpu" else 2 * allowed)
+
+
+def test_supported_says_why_not():
+    assert "compute capability 8.9" in fp8.supported("cpu")
+
+
+@pytest.mark.parametrize("bad", [torch.zeros(2, 3, 4), torch.zeros(4, 6).t(), torch.zeros(2, 4, dtype=torch.int8)])
+def test_quantise_rows_refuses(bad):
+    with pytest.raises(ValueError, match=r"expected a contiguous x \[M, K\]"):
+        fp8.quantise_rows(bad)
+
+
+def test_linear_refuses_scales_of_another_shape():
+    x, x_scales = fp8.quantise_rows(torch.ones(2, 32))
+    weight, weight_scales = fp8.quantise_weight(torch.ones(16, 32))
+    with pytest.raises(ValueError, match="expected x_scales"):
+        fp8.linear(x, x_scales.view(-1), weight, weight_scales, None, torch.bfloat16)

@@ -1,0 +1,173 @@
+"""Choosing a backend by name, by preference, by measurement; the reasons; a backend of a user's own."""
+
+import ast
+import json
+import subprocess
+import sys
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+from zimage_turbo.kernels import attention, norm, registry, rope, swiglu
+from zimage_turbo.kernels.registry import Choices, Registry, Request, no_refusal, triton_refusal
+
+
+@dataclass(frozen=True)
+class Size(Request):
+    number: int = 0
+
+    @property
+    def key(self):
+        return f"number {self.number}"
+
+
+def small_only(request):
+    return None if request.number < 10 else f"takes numbers below 10, got {request.number}"
+
+
+@pytest.fixture
+def op():
+    op = Registry("double")
+    op.register("small", lambda number: ("small", 2 * number), small_only)
+    op.register("rough", lambda number: ("rough", 2 * number), no_refusal, error=0.1)
+    op.register("any", lambda number: ("any", 2 * number), no_refusal)
+    return op
+
+
+def size(number):
+    return Size(torch.device("cpu"), number=number)
+
+
+def test_auto_takes_the_first_that_fits_and_is_exact(op):
+    assert op.choose("auto", size(3)).function(3) == ("small", 6)
+    assert op.choose("auto", size(30)).name == "any"
+    assert op.choose("auto", size(30), allowed_error=0.1).name == "rough"
+
+
+def test_a_named_backend_runs_or_every_reason_is_told(op):
+    assert op.choose("rough", size(30)).name == "rough"
+    with pytest.raises(ValueError) as caught:
+        op.choose("small", size(30))
+    assert str(caught.value).splitlines() == [
+        "double: backend 'small' cannot run this. The backends:",
+        "  small: takes numbers below 10, got 30",
+        "  rough: can run",
+        "  any: can run",
+    ]
+    with pytest.raises(ValueError, match="backend 'best' is not a known backend"):
+        op.choose("best", size(3))
+
+
+def test_auto_tells_every_reason_when_nothing_fits():
+    op = Registry("double")
+    op.register("small", abs, small_only)
+    op.register("rough", abs, no_refusal, error=0.1)
+    for measure in (None, lambda backend: 1.0):
+        with pytest.raises(ValueError) as caught:
+            op.choose("auto", size(30), measure=measure)
+        assert "small: takes numbers below 10, got 30" in str(caught.value)
+        assert "rough: its relative error of 0.1 is above the 0.0 allowed" in str(caught.value)
+
+
+def test_a_taken_name_is_refused(op):
+    for name in ("any", "auto"):
+        with pytest.raises(ValueError, match=f"the backend name '{name}' is taken; taken are auto, small, rough, any"):
+            op.register(name, abs, no_refusal)
+
+
+def test_the_fastest_is_measured_once_per_request_and_remembered(op):
+    measured, choices = [], Choices()
+
+    def measure(backend):
+        measured.append(backend.name)
+        return {"small": 2.0, "rough": 0.5, "any": 1.0}[backend.name]
+
+    assert op.choose("auto", size(3), measure=measure, choices=choices).name == "any"
+    assert measured == ["small", "any"]
+    restored = Choices.from_json(choices.to_json())
+    assert op.choose("auto", size(3), measure=measure, choices=restored).name == "any"
+    assert measured == ["small", "any"]
+    assert op.choose("auto", size(4), measure=measure, choices=restored, allowed_error=1.0).name == "rough"
+    assert measured == ["small", "any", "small", "rough", "any"]
+    op.register("new", abs, no_refusal)
+    with pytest.raises(KeyError, match="new"):  # it is measured, since the candidates have changed
+        op.choose("auto", size(3), measure=measure, choices=restored)
+
+
+def test_a_remembered_name_that_is_gone_is_measured_again(op):
+    choices = Choices()
+    op.choose("auto", size(3), measure=lambda backend: 1.0, choices=choices)
+    stale = Choices(dict.fromkeys(choices.names, "removed"))
+    assert op.choose("auto", size(3), measure=lambda backend: 1.0, choices=stale).name == "small"
+    assert stale.names == choices.names
+
+
+@pytest.mark.parametrize("text", ["[]", '{"a": 1}', "3"])
+def test_choices_of_another_shape_are_refused(text):
+    with pytest.raises(ValueError, match="measured choices: expected a JSON object of strings"):
+        Choices.from_json(text)
+    assert json.loads(Choices({"b": "x", "a": "y"}).to_json()) == {"a": "y", "b": "x"}
+
+
+def test_a_user_adds_an_attention_backend(monkeypatch):
+    """As the module's docstring shows it, on a copy of the table."""
+    monkeypatch.setattr(attention.ATTENTION, "backends", dict(attention.ATTENTION.backends))
+
+    def mine(q, k, v, lengths):
+        return v.mean(2, keepdim=True).expand_as(q)
+
+    attention.ATTENTION.register("mine", mine, lambda request: None if request.head_dim == 8 else "needs 8", error=0.5)
+    q = torch.zeros(1, 2, 3, 8)
+    assert torch.equal(attention.attention(q, q, q + 1, backend="mine"), q + 1)
+    assert attention.ATTENTION.choose("auto", attention.request(q, q, q)).name == "sdpa"
+    with pytest.raises(ValueError, match="mine: needs 8"):
+        attention.attention(*[torch.zeros(1, 2, 3, 16)] * 3, backend="mine")
+
+
+OPS = [
+    norm.RMS_MODULATE,
+    norm.RESIDUAL_RMS_MODULATE,
+    norm.LAYER_MODULATE,
+    rope.QK_NORM_ROPE,
+    swiglu.SILU_MUL,
+]
+
+
+@pytest.mark.parametrize("op", OPS, ids=lambda op: op.op)
+def test_the_fused_ops_prefer_triton_where_it_runs(op, monkeypatch):
+    gpu = torch.device("cuda:0")
+    monkeypatch.setattr(registry, "installed", lambda package: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    assert op.choose("auto", Request(gpu)).name == "triton"
+    assert op.choose("auto", Request(gpu, quantise=True)).name == "torch"
+    assert op.choose("auto", Request(torch.device("cpu"))).name == "torch"
+    assert "compute capability 8.9 or newer, this one has 7.5" in triton_refusal(Request(gpu, quantise=True))
+    monkeypatch.setattr(registry, "installed", lambda package: False)
+    assert op.choose("auto", Request(gpu)).name == "torch"
+    assert triton_refusal(Request(gpu)) == "the package triton is not installed"
+
+
+def test_the_package_imports_without_triton_and_touches_no_gpu(pack):
+    """Modules without "triton" in their name, in a Python where Triton cannot be imported."""
+    names = [file.stem for file in sorted((pack / "kernels").glob("*.py")) if "triton" not in file.stem]
+    program = (
+        f"import sys; sys.path.insert(0, {str(pack)!r}); sys.modules['triton'] = None\n"
+        "import torch, importlib\n"
+        f"for name in {names!r}: importlib.import_module('kernels.' + name)\n"
+        "assert not torch.cuda.is_initialized()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout == "", done.stderr
+
+
+def test_kernels_import_nothing_of_the_host_or_the_rest_of_the_pack(pack):
+    for file in (pack / "kernels").glob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom):
+                assert node.level <= 1, f"{file.name}: imports from outside kernels/"
+                modules = [] if node.level else [node.module]
+            else:
+                modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            for module in modules:
+                assert module.split(".")[0] in {"torch", "triton", *sys.stdlib_module_names}, f"{file.name}: {module}"

@@ -6,9 +6,11 @@ import re
 import torch
 from comfy.quant_ops import QUANT_ALGOS
 
+from ..kernels import int4
+from . import layouts
 from .checkpoint import Checkpoint, StateDict
 
-PRODUCTS = ("int8_tensorwise", "float8_e4m3fn", "float8_e5m2")
+PRODUCTS = ("int8_tensorwise", "float8_e4m3fn", "float8_e5m2", layouts.FP8)
 MARKER = ".comfy_quant"
 _QKV = re.compile(r"(.+\.attention)\.to_([qkv])\.(.+)")
 _RENAMED = (
@@ -59,6 +61,11 @@ def is_quantised(checkpoint: Checkpoint) -> bool:
     return any(name.endswith(MARKER) for name in checkpoint.weights)
 
 
+def is_ours(checkpoint: Checkpoint) -> bool:
+    """Whether any layer is stored in a format of this pack."""
+    return any(settings["format"] in (layouts.INT4, layouts.FP8) for _, settings in _quantised_layers(checkpoint))
+
+
 def storage_only(checkpoint: Checkpoint) -> bool:
     """Whether its config.json says that quantised weights are to be multiplied out: they only travel in that form."""
     return checkpoint.setting("quantization_config", dict, {}).get("dequantize") is True
@@ -83,13 +90,17 @@ def expanded(checkpoint: Checkpoint, dtype: torch.dtype) -> Checkpoint:
     """Quantised weights multiplied out and rounded to ``dtype``. Raises CheckpointError for a packed format."""
     weights = dict(checkpoint.weights)
     for layer, settings in _quantised_layers(checkpoint):
-        if not _is_product(settings):
+        stored, scale = weights[f"{layer}.weight"], weights.pop(f"{layer}.weight_scale").float()
+        if settings["format"] == layouts.INT4:
+            packed = int4.Int4Weight(stored, weights.pop(f"{layer}.weight_groups"), scale, "rotated" in settings)
+            weights[f"{layer}.weight"] = int4.dequantise(packed, dtype)
+        elif _is_product(settings):
+            scale = scale.reshape(-1, 1) if scale.numel() > 1 else scale.reshape(())
+            weights[f"{layer}.weight"] = (stored.float() * scale).to(dtype)
+        else:
             raise checkpoint.error(
                 f"is stored as {settings['format']}, which is not multiplied out. Set precision to 'auto'."
             )
-        scale = weights.pop(f"{layer}.weight_scale").float()
-        scale = scale.reshape(-1, 1) if scale.numel() > 1 else scale.reshape(())
-        weights[f"{layer}.weight"] = (weights[f"{layer}.weight"].float() * scale).to(dtype)
         for part in ("comfy_quant", "input_scale"):
             weights.pop(f"{layer}.{part}", None)
     return checkpoint.replaced(weights)

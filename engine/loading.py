@@ -12,10 +12,15 @@ from .text import hidden_size, load_text_encoder
 from .vae import load_vae
 
 
-def load(parts: Parts, precision: str, device: torch.device | None) -> tuple:
-    """MODEL, CLIP and VAE. Raises CheckpointError, also when two of them do not fit together."""
+def load(
+    parts: Parts, precision: str, device: torch.device | None, attention: str = "auto", cache: bool = False
+) -> tuple:
+    """MODEL, CLIP and VAE; `load_model` explains the arguments.
+
+    Raises CheckpointError, also when two of them do not fit together.
+    """
     logging.info("Z-Image-Turbo: loading %s, %s and %s.", parts.diffusion_model, parts.text_encoder, parts.vae)
-    patcher = load_model(parts.diffusion_model, precision, device)
+    patcher = load_model(parts.diffusion_model, precision, device, attention, cache)
     clip = load_text_encoder(parts.text_encoder, device, folder_paths.get_folder_paths("embeddings"))
     if hidden_size(clip) != caption_width(patcher):
         raise CheckpointError(

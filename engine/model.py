@@ -11,12 +11,16 @@ import comfy.utils
 import torch
 from comfy.ldm.lumina.model import NextDiT
 
-from . import formats
+from ..kernels import fp8
+from ..kernels.attention import ATTENTION
+from . import formats, layouts, quantiser, turbo
 from .checkpoint import Checkpoint, StateDict, shapes_of
+from .operations import operations
 
 OFFICIAL_FILE = "z_image_turbo_bf16.safetensors"
 FULL_WIDTH = 3840
 LATENT_SCALE = 8
+WORKING_MEMORY = 4 * 2**30
 OFFICIAL_SAMPLE_SIZE = 128  # in latent pixels, as diffusers counts
 PREVIEW_COLOURS = ("latent_rgb_factors", "latent_rgb_factors_bias")
 SIGNATURE = (
@@ -28,39 +32,83 @@ SIGNATURE = (
     "noise_refiner.0.feed_forward.w1.weight",
 )
 NATIVE_SIZE = "native_size"
-PRECISIONS = {"auto": None, "bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+FLOATS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+PRECISIONS = ("auto", *FLOATS, *quantiser.FORMS)
+ATTENTIONS = ("auto", *ATTENTION.backends)
 
 
-class TurboNextDiT(NextDiT):
-    """The class that our loader gives to the host's module: the place of our own forward; here it is the host's."""
-
-
-def load_model(path: Path, precision: str = "auto", device: torch.device | None = None, disable_dynamic: bool = False):
+def load_model(
+    path: Path,
+    precision: str = "auto",
+    device: torch.device | None = None,
+    attention: str = "auto",
+    cache: bool = False,
+    disable_dynamic: bool = False,
+):
     """A MODEL (ModelPatcher) from a weight file or a diffusers ``transformer`` folder.
 
-    precision: a key of PRECISIONS. 'auto' keeps what the file stores and computes in what the host prefers on the
-    device; the others hold and compute in that type, quantised weights multiplied out.
-    device: where it computes; None is the host's choice. Raises CheckpointError.
+    precision: one of PRECISIONS. 'auto' keeps what the file stores and computes in what the host prefers on the
+    device; the floats hold and compute in that type, quantised weights multiplied out; the others quantise the
+    blocks' weights. device: where it computes; None is the host's choice. attention: a backend of
+    `kernels.attention`. cache: keep the quantised form beside the file. Raises CheckpointError, and ValueError for a
+    precision that the device does not have.
     """
-    checkpoint = _with_host_names(Checkpoint.read(path))
+    load_device = device or management.get_torch_device()
+    check_precision(precision, load_device)
+    layouts.register()
+    cached = quantiser.read_cache(path, precision) if precision in quantiser.FORMS else None
+    checkpoint = _with_host_names(cached or Checkpoint.read(path))
     sample_size = checkpoint.setting("sample_size", int, OFFICIAL_SAMPLE_SIZE)
     preview_colours = {name: checkpoint.setting(name, list, []) for name in PREVIEW_COLOURS}
     config = _host_config(checkpoint)
     formats.check_quantised(checkpoint)
     checkpoint.require(shapes_of(_empty_module(config)))
-    load_device = device or management.get_torch_device()
-    dtype = PRECISIONS[precision] or _preferred_dtype(config, checkpoint.weights, load_device)
-    if config.quant_config and (precision != "auto" or formats.storage_only(checkpoint)):
+    dtype = FLOATS.get(precision) or _preferred_dtype(config, checkpoint.weights, load_device)
+    if precision in quantiser.FORMS and cached is None:
+        checkpoint = quantiser.quantised(checkpoint, precision, load_device)
+        if cache:
+            quantiser.write_cache(checkpoint, path, precision)
+    elif config.quant_config and (precision in FLOATS or formats.storage_only(checkpoint)):
         checkpoint = formats.expanded(checkpoint, dtype)
-        config.quant_config = None
-    patcher = _build(config, checkpoint.weights, dtype, load_device, disable_dynamic)
-    patcher.model.diffusion_model.__class__ = TurboNextDiT
+    config.quant_config = comfy.utils.detect_layer_quantization(checkpoint.weights, "")
+    if formats.is_ours(checkpoint):
+        config.custom_operations = operations(dtype, _compute(precision, load_device))
+    resident = disable_dynamic or fits(checkpoint.weights, load_device)
+    patcher = _build(config, checkpoint.weights, dtype, load_device, resident)
+    turbo.adopt(patcher.model.diffusion_model, attention)
     for name, values in preview_colours.items():
         if values:  # a latent space of its own; without them the host previews in the official one's colours
             setattr(patcher.model.latent_format, name, values)
     patcher.set_attachments(NATIVE_SIZE, LATENT_SCALE * sample_size)
-    patcher.cached_patcher_init = (load_model, (path, precision, device))
+    patcher.cached_patcher_init = (load_model, (path, precision, device, attention, cache))
     return patcher
+
+
+def check_precision(precision: str, device: torch.device) -> None:
+    """Raises ValueError, with the reason, for a precision that the device does not have."""
+    reason = fp8.supported(device) if precision in ("fp8", "int4-fp8") else None
+    if reason:
+        raise ValueError(
+            f"precision '{precision}' cannot be used on {device}: {reason}. Choose 'auto', 'int4' or 'bf16'."
+        )
+
+
+def fits(weights: StateDict, device: torch.device) -> bool:
+    """Whether all weights can stay on the GPU beside what a 1024x1024 picture and the VAE take.
+
+    Such a model is given to the host's plain patcher: its dynamic one maps weights in when they are used, and a CUDA
+    graph needs them where they were.
+    """
+    if device.type != "cuda":
+        return False
+    held = sum(weight.nbytes for weight in weights.values())
+    return held + WORKING_MEMORY <= torch.cuda.get_device_properties(device).total_memory
+
+
+def _compute(precision: str, device: torch.device) -> str:
+    """How int4 weights multiply: as the precision says; with 'auto', the fastest that the device has."""
+    wanted = precision == "int4-fp8" or (precision == "auto" and fp8.supported(device) is None)
+    return layouts.COMPUTE_FP8 if wanted else layouts.COMPUTE_16
 
 
 def caption_width(patcher) -> int:
@@ -139,5 +187,7 @@ def _build(config, weights: StateDict, dtype: torch.dtype, device: torch.device,
     patcher = patcher_class(model, load_device=device, offload_device=offload_device)
     if not management.is_device_cpu(offload_device):
         model.to(offload_device)
+    if held and not patcher.is_dynamic():  # the host's lazy layers would hold the file's type and never cast it
+        weights = {name: weight.to(dtype) for name, weight in weights.items()}
     model.load_model_weights(dict(weights), "", assign=patcher.is_dynamic())
     return patcher

@@ -78,6 +78,10 @@ def fetch_json(url: str, timeout: float = 60.0) -> dict:
     return json.loads(fetch(url, timeout))
 
 
+# CUDA graphs share a memory pool, which only torch's own allocator has.
+OPTIONS = ("--disable-auto-launch", "--disable-cuda-malloc")
+
+
 class Server:
     """A running ComfyUI. ``log`` is its output file; None lets it write to our terminal."""
 
@@ -93,7 +97,7 @@ class Server:
     ) -> None:
         self.url = f"http://{reachable(listen)}:{port}"
         self.log = log
-        command = [python, "-u", "main.py", "--listen", listen, "--port", port, "--disable-auto-launch", *arguments]
+        command = [python, "-u", "main.py", "--listen", listen, "--port", port, *OPTIONS, *arguments]
         with contextlib.ExitStack() as stack:
             if log is not None:
                 log.parent.mkdir(parents=True, exist_ok=True)

@@ -9,6 +9,7 @@ import torch
 from comfy_execution.progress import NodeState, get_progress_state
 from comfyui_version import __version__ as comfyui_version
 
+from ..engine.turbo import TurboNextDiT
 from .gpus import gpu_memory
 
 VERSION = "0.1.0"
@@ -47,7 +48,7 @@ def fault() -> str | None:
 
 
 def loaded_models() -> list[dict]:
-    """The models that the host holds: class, device, bytes held there and in all, in MiB."""
+    """The models that the host holds: class, device, MiB held there and in all, and ours by the path that ran."""
     # A model may be freed meanwhile: each entry refers to its patcher weakly, so it is looked up once.
     held = [(entry.device, entry.model) for entry in list(management.current_loaded_models)]
     return [
@@ -56,10 +57,17 @@ def loaded_models() -> list[dict]:
             "device": str(device),
             "loaded_mib": round(patcher.loaded_size() / _MIB),
             "size_mib": round(patcher.model_size() / _MIB),
+            **_forwards(patcher.model),
         }
         for device, patcher in held
         if patcher is not None
     ]
+
+
+def _forwards(model) -> dict:
+    """How many evaluations took the fast path, and why the others did not."""
+    module = getattr(model, "diffusion_model", None)
+    return {"forwards": dict(module.forwards)} if isinstance(module, TurboNextDiT) else {}
 
 
 def memory() -> dict:

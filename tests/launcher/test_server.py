@@ -58,7 +58,7 @@ def test_stop_ends_the_server_and_what_it_started(started):
     comfy = started(ANSWERS)
     comfy.wait_until_ready(30)
     facts = server.fetch_json(comfy.url)
-    assert facts["rest"] == ["--disable-auto-launch", "--cpu"] and facts["safe"] is None
+    assert facts["rest"] == ["--disable-auto-launch", "--disable-cuda-malloc", "--cpu"] and facts["safe"] is None
     assert is_running(comfy.process.pid) and is_running(facts["child"])
     comfy.stop()
     deadline = time.monotonic() + 5

@@ -1,6 +1,6 @@
 """Our loader and sampler against the stock ones: the same latent for the same seed.
 
-On a processor ComfyUI computes in fp32, where both run the same arithmetic: the tolerance is fp32's own rounding.
+On a processor ComfyUI computes in fp32, where the fast forward differs from the host's in the order of operations only.
 """
 
 import comfy.model_patcher
@@ -11,12 +11,15 @@ import pytest
 import torch
 
 import nodes
-from zimage_turbo.engine import catalogue, formats, loading, model, ode, sampling, text
+from zimage_turbo.engine import catalogue, formats, loading, model, ode, sampling, text, turbo
 from zimage_turbo.engine.checkpoint import Checkpoint, CheckpointError
 from zimage_turbo.tests.comparison import relative_error, stock_sample
 from zimage_turbo.tests.weights import full_size_text_encoder, full_size_transformer, small_transformer
 
-FP32_ROUNDING = 1e-6
+FP32_ROUNDING = 1e-5  # eight steps through all layers
+# The host's int8 product rounds activations too. One step of the 30-layer file below, by the host's own forward, is
+# this far from the same weights multiplied out; another order of operations moves activations across rounding borders.
+INT8_OWN_ERROR = 0.0246
 
 
 def stock_demo(precision=torch.float32):
@@ -66,18 +69,18 @@ def models(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize(("layers", "quantised", "steps"), [(0, False, 2), (30, True, 1)], ids=["bf16-0", "int8-30"])
+@pytest.mark.parametrize(("layers", "quantised", "steps"), [(1, False, 2), (30, True, 1)], ids=["bf16-1", "int8-30"])
 def test_full_size_file(models, layers, quantised, steps):
     file = full_size_transformer(models / "diffusion_models" / f"strided_{layers}_{quantised}.pt", layers, quantised)
     positive = [[torch.randn(1, 20, 2560, generator=torch.Generator().manual_seed(5)), {}]]
     patcher = model.load_model(file)
-    assert type(patcher.model.diffusion_model) is model.TurboNextDiT
+    assert type(patcher.model.diffusion_model) is turbo.TurboNextDiT
     assert model.caption_width(patcher) == 2560
     latent = sampling.empty_latent(patcher, 128, 160, 1)
     ours = sampling.sample(patcher, positive, latent, 11, ode.sigmas(steps))["samples"]
     del patcher
     theirs = stock_sample(nodes.UNETLoader().load_unet(file.name, "default")[0], positive, latent, 11, steps)
-    assert relative_error(ours, theirs) <= FP32_ROUNDING
+    assert relative_error(ours, theirs) <= (2 * INT8_OWN_ERROR if quantised else FP32_ROUNDING)
 
 
 def test_full_size_text_encoder(models):
@@ -99,4 +102,4 @@ def test_models_that_do_not_fit_together_are_refused(models):
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 def test_precision_is_what_the_weights_are_held_in(tmp_path, precision):
     patcher = model.load_model(small_transformer(tmp_path / "small.safetensors"), precision)
-    assert patcher.model.diffusion_model.layers[0].attention.qkv.weight.dtype == model.PRECISIONS[precision]
+    assert patcher.model.diffusion_model.layers[0].attention.qkv.weight.dtype == model.FLOATS[precision]

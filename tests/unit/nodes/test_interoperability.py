@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import nodes
-from zimage_turbo.engine import catalogue, formats, model, ode, sampling, text
+from zimage_turbo.engine import catalogue, formats, model, ode, sampling, text, turbo
 from zimage_turbo.engine.checkpoint import Checkpoint
 from zimage_turbo.nodes.loader import ZImageTurboLoader
 from zimage_turbo.nodes.sampler import ZImageTurboSampler
@@ -39,7 +39,7 @@ def draw(patcher, positive, seed=5, **changes):
 
 def test_loader_node_gives_the_demo():
     patcher, clip, vae = ZImageTurboLoader.execute("demo", "auto", "auto", "auto", "auto").args
-    assert type(patcher.model.diffusion_model) is model.TurboNextDiT
+    assert type(patcher.model.diffusion_model) is turbo.TurboNextDiT
     assert text.hidden_size(clip) == model.caption_width(patcher)
     assert vae.latent_channels == 16
 
@@ -155,7 +155,7 @@ def test_model_save_and_reload(demo, positive, tmp_path):
 def test_deep_clone_is_reloaded_from_the_files(demo, positive):
     clone = demo[0].clone(force_deepcopy=True)
     assert clone.model is not demo[0].model
-    assert type(clone.model.diffusion_model) is model.TurboNextDiT
+    assert type(clone.model.diffusion_model) is turbo.TurboNextDiT
     assert torch.equal(draw(clone, positive)["samples"], draw(demo[0], positive)["samples"])
 
 

@@ -1,0 +1,178 @@
+"""The fast forward: the host's NextDiT block by block, with its element-wise work in fused kernels.
+
+The same arithmetic as the host's own forward, in other groupings, so results agree within the compute type's rounding.
+It knows text-to-image and image-to-image with any LoRA; `refusal` says what it leaves to the host.
+
+fp16 ends at 65504, which Z-Image exceeds: there the residual stream is held in fp32, and what enters the last product
+of each half of a block is scaled by a power of two, which the norm behind it undoes exactly.
+"""
+
+from dataclasses import dataclass
+
+import comfy.model_management
+import torch
+from comfy.ldm.lumina.model import FeedForward, JointAttention, JointTransformerBlock, NextDiT, pad_zimage, pos_ids_x
+
+from ..kernels import attention, norm, rope, swiglu
+from . import layouts
+
+KNOWN_ARGUMENTS = {"control", "clip_text_pooled"}  # pooled text: Z-Image has no use for it
+FOREIGN_OPTIONS = ("patches", "patches_replace", "rope_options", "optimized_attention_override", "hooks")
+QK_EPS = torch.finfo(torch.float32).eps  # what the host takes where a norm names none
+FP16_FACTOR = 2.0**-7
+Rows = torch.Tensor | tuple[torch.Tensor, torch.Tensor]  # [B, S, D], or its FP8 codes [B, S, D] and scales [B S, 1]
+
+
+def refusal(context: torch.Tensor | None, options: dict, arguments: dict) -> str | None:
+    """Why the fast forward cannot run this request; None if it can. `arguments`: what else the host's forward got."""
+    if comfy.model_management.in_training or torch.is_grad_enabled():
+        return "gradients are wanted"
+    if torch.compiler.is_compiling():
+        return "torch.compile is tracing"
+    if context is None:
+        return "there is no text"
+    for name in FOREIGN_OPTIONS:
+        if options.get(name):
+            return f"transformer_options has {name}"
+    if arguments.get("control") is not None:
+        return "a ControlNet is applied"
+    for name, value in arguments.items():
+        if name not in KNOWN_ARGUMENTS and value is not None and len(value):
+            return f"the input {name} is given"
+    return None
+
+
+@dataclass(frozen=True)
+class Compute:
+    """dtype: what products are computed in; attention: a backend of `kernels.attention`."""
+
+    dtype: torch.dtype
+    attention: str = "auto"
+
+    @property
+    def residual(self) -> torch.dtype:
+        return torch.float32 if self.dtype == torch.float16 else self.dtype
+
+    @property
+    def factor(self) -> float:
+        """What enters the last product of half a block is scaled by."""
+        return FP16_FACTOR if self.dtype == torch.float16 else 1.0
+
+
+def refine_caption(module: NextDiT, context: torch.Tensor, compute: Compute) -> torch.Tensor:
+    """The part that knows neither picture nor noise level: [B, T, C] → [B, T padded to 32, D] of the residual type."""
+    (caption,), (rotation,), _ = module.embed_cap(context, device=context.device, dtype=context.dtype)
+    return run_blocks(module.context_refiner, caption, None, rope.angles(rotation)[0], compute)
+
+
+def rotation_table(module: NextDiT, words: int, rows: int, columns: int, device: torch.device) -> torch.Tensor:
+    """(cos, sin) for every token, [words + picture padded to 32, head dim / 2, 2] in fp32; the caption comes first."""
+    caption = torch.zeros(1, words, 3, device=device)
+    caption[0, :, 0] = torch.arange(words, device=device) + 1.0
+    picture = pos_ids_x(words + 1, rows, columns, 1, device)
+    picture = torch.nn.functional.pad(picture, (0, 0, 0, -rows * columns % module.pad_tokens_multiple))
+    return rope.angles(module.rope_embedder(torch.cat((caption, picture), 1)).movedim(1, 2))[0]
+
+
+def denoise(
+    module: NextDiT,
+    compute: Compute,
+    x: torch.Tensor,
+    timesteps: torch.Tensor,
+    caption: torch.Tensor,
+    table: torch.Tensor,
+) -> torch.Tensor:
+    """The part that depends on the noise level: what `NextDiT._forward` returns.
+
+    x: [B, 16, H, W] with H and W multiples of the patch size; timesteps [B]; caption [B, padded words, D] and table as
+    `refine_caption` and `rotation_table` give them. Returns [B, 16, H, W].
+    """
+    b, channels, height, width = x.shape
+    patch, words = module.patch_size, caption.shape[1]
+    rows, columns = height // patch, width // patch
+    time = module.t_embedder((1.0 - timesteps) * module.time_scale, dtype=x.dtype)
+    patches = x.view(b, channels, rows, patch, columns, patch).permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
+    picture = module.x_embedder(patches)
+    picture, _ = pad_zimage(picture, module.x_pad_token, module.pad_tokens_multiple)
+    picture = run_blocks(module.noise_refiner, picture, time, table[words:], compute)
+    both = run_blocks(module.layers, torch.cat((caption, picture), 1), time, table, compute)
+    final = module.final_layer
+    out = both[:, words : words + rows * columns].contiguous()
+    out = norm.layer_modulate(out, final.adaLN_modulation(time), final.norm_final.eps, dtype=x.dtype)
+    out = final.linear(out).view(b, rows, columns, patch, patch, channels)
+    return -out.permute(0, 5, 1, 3, 2, 4).reshape(b, channels, height, width)
+
+
+def run_blocks(
+    blocks, x: torch.Tensor, time: torch.Tensor | None, table: torch.Tensor, compute: Compute
+) -> torch.Tensor:
+    """x [B, S, D], which may be overwritten, through blocks: [B, S, D] of the residual type.
+
+    time [B, 256] modulates the blocks that are modulated; table [S, head dim / 2, 2]. Each pass over x ends half a
+    block and begins the next.
+    """
+    x, factor = x.to(compute.residual).contiguous(), compute.factor
+    modulations = [modulation(block, time) for block in blocks]
+    y = begin(x, blocks[0].attention_norm1, modulations[0][0], blocks[0].attention.qkv, compute.dtype)
+    last = len(blocks) - 1
+    for i, (block, (_, gate_attention, scale_ffn, gate_ffn)) in enumerate(zip(blocks, modulations, strict=True)):
+        h = attend(block.attention, y, table, compute)
+        w1 = block.feed_forward.w1
+        x, y = add(x, h, factor, block.attention_norm2, gate_attention, block.ffn_norm1, scale_ffn, w1)
+        h = feed_forward(block.feed_forward, y, factor)
+        if i == last:
+            post = block.ffn_norm2
+            return norm.residual_rms_modulate(
+                x, h, post.weight, gate_ffn, None, None, post.eps, h_scale=factor, x_out=x
+            )
+        after, (scale, *_) = blocks[i + 1], modulations[i + 1]
+        x, y = add(x, h, factor, block.ffn_norm2, gate_ffn, after.attention_norm1, scale, after.attention.qkv)
+
+
+def modulation(block: JointTransformerBlock, time: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+    """Scale and gate of the attention, scale and gate of the feed-forward, each [B, D] or None."""
+    return block.adaLN_modulation(time).chunk(4, -1) if block.modulation else (None,) * 4
+
+
+def begin(x, next_norm, scale, next_linear, dtype: torch.dtype) -> Rows:
+    """x normalised for the linear that comes next."""
+    return norm.rms_modulate(x, next_norm.weight, scale, next_norm.eps, takes_rows(next_linear), dtype)
+
+
+def add(x, h, factor, post_norm, gate, next_norm, scale, next_linear) -> tuple[torch.Tensor, Rows]:
+    """x plus what half a block computed, normalised for the linear that comes next."""
+    quantise = takes_rows(next_linear)
+    x, *y = norm.residual_rms_modulate(
+        x, h, post_norm.weight, gate, next_norm.weight, scale, next_norm.eps, quantise, factor, x_out=x
+    )
+    return x, tuple(y) if quantise else y[0]
+
+
+def attend(module: JointAttention, y: Rows, table: torch.Tensor, compute: Compute) -> torch.Tensor:
+    """The attention half of a block between its norms: [B, S, D], times compute.factor."""
+    qkv = project(module.qkv, y).unflatten(-1, (3, module.n_local_heads, -1))
+    q, k, v = rope.qk_norm_rope(qkv, module.q_norm.weight, module.k_norm.weight, table, QK_EPS, layout="tokens")
+    h = attention.attention(q, k, v, backend=compute.attention).transpose(1, 2).flatten(2)
+    return module.out(h if compute.factor == 1.0 else h * compute.factor)
+
+
+def feed_forward(module: FeedForward, y: Rows, factor: float) -> torch.Tensor:
+    """The feed-forward half of a block between its norms: [B, S, D], times factor."""
+    gate, value = project(module.w1, y), project(module.w3, y)
+    shape, quantise = gate.shape, takes_rows(module.w2)
+    h = swiglu.silu_mul(gate.flatten(0, 1), value.flatten(0, 1), quantise, factor)
+    return project(module.w2, (h[0].view(shape), h[1]) if quantise else h.view(shape))
+
+
+def takes_rows(linear: torch.nn.Module) -> bool:
+    """Whether a linear takes FP8 rows: its weight is one of ours, computes in FP8, and nothing is hooked to it."""
+    return not (linear.weight_function or "forward" in vars(linear)) and layouts.takes_rows(linear.weight)
+
+
+def project(linear: torch.nn.Module, y: Rows) -> torch.Tensor:
+    """y times a linear's weight, [B, S, N] in the linear's own type."""
+    if isinstance(y, torch.Tensor):
+        return linear(y)
+    codes, scales = y
+    out = layouts.multiply_rows(codes.flatten(0, 1), scales, linear.weight, linear.bias)
+    return out.unflatten(0, codes.shape[:2])

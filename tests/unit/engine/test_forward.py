@@ -1,0 +1,101 @@
+"""The fast forward against the host's own, on the same module: the same numbers up to rounding."""
+
+import pytest
+import torch
+from comfy.ldm.lumina.model import NextDiT
+from safetensors.torch import load_file, save_file
+
+from zimage_turbo.engine import forward, ode, sampling, turbo
+from zimage_turbo.engine.model import load_model
+from zimage_turbo.tests.comparison import relative_error
+from zimage_turbo.tests.weights import small_transformer
+
+# A caption that needs no padding and two that do; sizes whose token count is a multiple of 32 and that is not.
+REQUESTS = [(1, 32, 32, 64), (2, 24, 28, 21), (1, 30, 26, 45)]
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    return load_model(small_transformer(tmp_path_factory.mktemp("weights") / "small.safetensors", layers=2), "fp32")
+
+
+def request_of(batch: int, height: int, width: int, words: int):
+    generator = torch.Generator().manual_seed(height + words)
+    return (
+        torch.randn(batch, 16, height, width, generator=generator),
+        torch.rand(batch, generator=generator),
+        torch.randn(batch, words, 256, generator=generator),
+    )
+
+
+@pytest.mark.parametrize("shape", REQUESTS, ids=str)
+def test_equals_the_host(small, shape):
+    module, (x, timesteps, context) = small.model.diffusion_model, request_of(*shape)
+    ours = module._forward(x, timesteps, context, shape[3])
+    theirs = NextDiT._forward(module, x, timesteps, context, shape[3])
+    assert module.forwards[turbo.FAST]
+    assert relative_error(ours, theirs) < 2e-5
+
+
+def test_fp16_beyond_its_range(tmp_path):
+    """A residual stream and products above 65504, as the official weights have: no infinity, and fp16's own error."""
+    path = small_transformer(tmp_path / "loud.safetensors", layers=2)
+    weights = load_file(path)
+    for name in weights:
+        if name.endswith(("attention_norm2.weight", "ffn_norm2.weight")):
+            weights[name] *= 20_000
+        if name.endswith(("attention.out.weight", "feed_forward.w2.weight")):
+            weights[name] *= 3_000
+    save_file(weights, path)
+    x, timesteps, context = request_of(1, 24, 28, 21)
+    exact = load_model(path, "fp32").model.diffusion_model._forward(x, timesteps, context, 21)
+    module = load_model(path, "fp16").model.diffusion_model
+    inputs_of = []
+    for linear in (module.layers[0].attention.qkv, module.layers[1].feed_forward.w2):
+        linear.register_forward_pre_hook(lambda _, given: inputs_of.append(given[0].dtype))
+    caption = forward.refine_caption(module, context.half(), forward.Compute(torch.float16))
+    assert caption.abs().max() > 65504
+    ours = module._forward(x.half(), timesteps, context.half(), 21)
+    assert relative_error(ours.float(), exact) < 0.01
+    assert inputs_of == [torch.float16] * 2
+    assert not torch.isfinite(NextDiT._forward(module, x.half(), timesteps, context.half(), 21)).all()
+
+
+def test_sampling_takes_the_fast_path(demo):
+    patcher, clip, _ = demo
+    module = patcher.model.diffusion_model
+    before = module.forwards[turbo.FAST]
+    positive = clip.encode_from_tokens_scheduled(clip.tokenize("a red circle"))
+    sampling.sample(patcher, positive, sampling.empty_latent(patcher, 0, 0, 1), 1, ode.sigmas())
+    assert module.forwards[turbo.FAST] == before + 8
+
+
+@pytest.mark.parametrize(
+    ("options", "arguments", "reason"),
+    [
+        ({"patches": {"double_block": [print]}}, {}, "patches"),
+        ({"rope_options": {"scale_x": 2.0}}, {}, "rope_options"),
+        ({"optimized_attention_override": print}, {}, "optimized_attention_override"),
+        ({}, {"control": {"output": []}}, "ControlNet"),
+        ({}, {"ref_latents": [torch.zeros(1)]}, "ref_latents"),
+        ({}, {"unknown": torch.ones(1)}, "unknown"),
+    ],
+)
+def test_leaves_to_the_host_what_it_does_not_know(options, arguments, reason):
+    assert reason in forward.refusal(torch.zeros(1), options, arguments)
+
+
+def test_knows_what_samplers_always_pass():
+    assert forward.refusal(torch.zeros(1), {"patches": {}, "sigmas": torch.ones(1)}, {"control": None}) is None
+
+
+def test_leaves_training_to_the_host():
+    with torch.inference_mode(False), torch.enable_grad():
+        assert "gradients" in forward.refusal(torch.zeros(1), {}, {})
+
+
+def test_an_odd_latent_is_padded_as_the_host_does(small):
+    module, (x, timesteps, context) = small.model.diffusion_model, request_of(1, 17, 19, 21)
+    ours = module._forward(x, timesteps, context, 21)
+    assert ours.shape == x.shape
+    assert relative_error(ours, NextDiT._forward(module, x, timesteps, context, 21)) < 2e-5

@@ -10,6 +10,7 @@ import comfy.supported_models
 import comfy.utils
 import torch
 from comfy.ldm.lumina.model import NextDiT
+from comfy.patcher_extension import CallbacksMP
 
 from ..kernels import fp8
 from ..kernels.attention import ATTENTION
@@ -76,6 +77,7 @@ def load_model(
     resident = disable_dynamic or fits(checkpoint.weights, load_device)
     patcher = _build(config, checkpoint.weights, dtype, load_device, resident)
     turbo.adopt(patcher.model.diffusion_model, attention)
+    patcher.add_callback(CallbacksMP.ON_DETACH, turbo.free_graphs)
     for name, values in preview_colours.items():
         if values:  # a latent space of its own; without them the host previews in the official one's colours
             setattr(patcher.model.latent_format, name, values)

@@ -7,6 +7,7 @@ import comfy.ldm.common_dit
 import comfy.model_management as management
 import torch
 from comfy.ldm.lumina.model import NextDiT
+from comfy.quant_ops import QuantizedTensor
 
 from . import forward
 from .graphs import Graphs
@@ -63,7 +64,7 @@ class TurboNextDiT(NextDiT):
         return denoise(*inputs)
 
 
-def resident_weights(module: torch.nn.Module, device: torch.device) -> tuple[int, ...] | None:
+def resident_weights(module: torch.nn.Module, device: torch.device) -> tuple[tuple[int, ...], ...] | None:
     """Where every weight lies, if all lie on this GPU and are used as they are; None if a graph cannot hold them."""
     if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
         return None
@@ -74,7 +75,20 @@ def resident_weights(module: torch.nn.Module, device: torch.device) -> tuple[int
         if changed or hasattr(layer, "_v") or "forward" in vars(layer):  # hooks, dynamic VRAM, bypass LoRA
             return None
     weights = list(module.parameters())
-    return tuple(weight.data_ptr() for weight in weights) if all(w.device == device for w in weights) else None
+    return tuple(addresses(weight) for weight in weights) if all(w.device == device for w in weights) else None
+
+
+def addresses(weight: torch.Tensor) -> tuple[int, ...]:
+    """Where a weight lies; a quantised one lies in several places."""
+    quantised = isinstance(weight, QuantizedTensor)
+    parts = weight.layout_cls.get_plain_tensors(weight) if quantised else (weight,)
+    return tuple(part.data_ptr() for part in parts)
+
+
+def free_graphs(patcher, unpatch_all: bool) -> None:
+    """For the host's ON_DETACH: a model that is unloaded gives the memory of its graphs back too."""
+    if unpatch_all:
+        patcher.model.diffusion_model.graphs.clear()
 
 
 def adopt(module: NextDiT, attention: str = "auto") -> None:

@@ -46,3 +46,22 @@ def test_too_long(demo):
 def test_more_than_recommended_is_said(demo, caplog):
     text.encode(demo[1], "红" * 600)
     assert "was trained on 512" in caplog.text
+
+
+def test_a_prompt_is_encoded_once_for_the_same_weights(demo, monkeypatch):
+    clip = demo[1].clone()
+    calls, encode = [], type(clip).encode_from_tokens_scheduled
+    monkeypatch.setattr(type(clip), "encode_from_tokens_scheduled", lambda *a: calls.append(1) or encode(*a))
+    first = text.encode(clip, "a blue ring, seen twice")
+    first[0][1]["added"] = True
+    again = text.encode(clip.clone(), "a blue ring, seen twice")
+    assert len(calls) == 1 and torch.equal(again[0][0], first[0][0]) and "added" not in again[0][1]
+    changed = clip.clone()
+    name = "qwen3_4b.transformer.model.layers.0.mlp.up_proj.weight"
+    changed.add_patches({name: (torch.full((512, 256), 0.1),)}, 1.0)
+    assert not torch.equal(text.encode(changed, "a blue ring, seen twice")[0][0], first[0][0])
+    text.encode(clip, "another")
+    assert len(calls) == 3
+    for turn in range(text.KEPT_PROMPTS):
+        text.encode(clip, f"prompt {turn}")
+    assert len(clip.patcher.get_attachment(text.EMBEDDINGS).values) == text.KEPT_PROMPTS

@@ -1,0 +1,90 @@
+"""CUDA graphs on a GPU: what is replayed is what would be computed, whatever happens between two runs."""
+
+import comfy.model_management
+import comfy.sd
+import pytest
+import torch
+
+from zimage_turbo.engine import forward, ode, sampling, turbo
+from zimage_turbo.engine.model import load_model
+from zimage_turbo.tests.weights import small_transformer
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU"),
+]
+PRECISIONS = ["bf16", "fp16", "fp8", "int4", "int4-fp8"]
+SIZES = [(256, 256), (192, 320), (256, 256), (208, 208)]
+
+
+def positive(seed: int) -> list:
+    return [[torch.randn(1, 40, 256, generator=torch.Generator().manual_seed(seed)), {}]]
+
+
+def draw(patcher, size: tuple[int, int], seed: int = 1) -> torch.Tensor:
+    latent = sampling.empty_latent(patcher, *size, 1)
+    return sampling.sample(patcher, positive(seed), latent, seed, ode.sigmas())["samples"].cpu()
+
+
+def lora() -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(9)
+    return {
+        f"diffusion_model.layers.0.attention.out.lora_{part}.weight": torch.randn(shape, generator=generator) * 0.1
+        for part, shape in (("A", (4, 256)), ("B", (256, 4)))
+    }
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory):
+    return small_transformer(tmp_path_factory.mktemp("weights") / "small.safetensors", layers=2)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_replay_is_what_would_be_computed(file, precision):
+    patcher = load_model(file, precision)
+    module = patcher.model.diffusion_model
+    draw(patcher, (256, 256))
+    assert module.forwards[turbo.GRAPH] == 8, dict(module.forwards)
+    dtype = patcher.model.get_dtype_inference()
+    x = torch.randn(1, 16, 32, 32, device="cuda", dtype=dtype)
+    context, time = positive(5)[0][0].to("cuda", dtype), torch.tensor([0.6], device="cuda")
+    replayed = module._forward(x, time, context, 40, transformer_options={"uuids": ["one"]})
+    compute = forward.Compute(dtype, module.attention)
+    caption = forward.refine_caption(module, context, compute)
+    table = forward.rotation_table(module, caption.shape[1], 16, 16, x.device)
+    assert torch.equal(replayed, forward.denoise(module, compute, x, time, caption, table))
+
+
+@pytest.mark.parametrize("precision", ["bf16", "int4-fp8"])
+def test_lora_switches_and_sizes_leave_no_trace(file, precision):
+    """Ten switches of LoRA and size give the latents that a fresh model gives."""
+    patcher = load_model(file, precision)
+    plain = [draw(load_model(file, precision), size) for size in SIZES]
+    with_lora, _ = comfy.sd.load_lora_for_models(patcher, None, lora(), 1.0, 0.0)
+    fresh, _ = comfy.sd.load_lora_for_models(load_model(file, precision), None, lora(), 1.0, 0.0)
+    loud = [draw(fresh, size) for size in SIZES]
+    for turn in range(10):
+        size = turn % len(SIZES)
+        assert torch.equal(draw(patcher, SIZES[size]), plain[size])
+        assert torch.equal(draw(with_lora, SIZES[size]), loud[size])
+
+
+def test_unloading_frees_the_graphs(file):
+    patcher = load_model(file, "bf16")
+    before = draw(patcher, (256, 256))
+    assert patcher.model.diffusion_model.graphs.captured.values
+    comfy.model_management.unload_all_models()
+    assert not patcher.model.diffusion_model.graphs.captured.values
+    assert torch.equal(draw(patcher, (256, 256)), before)
+
+
+def test_memory_stays_where_it_is(file):
+    """Sizes come and go; what is allocated after the hundredth picture is what was after the tenth."""
+    patcher, allocated = load_model(file, "bf16"), {}
+    for turn in range(100):
+        width, height = 192 + 16 * (turn * 5 % 13), 192 + 16 * (turn * 3 % 13)
+        draw(patcher, (width, height), turn)
+        if turn + 1 in (10, 100):
+            torch.cuda.synchronize()
+            allocated[turn + 1] = torch.cuda.memory_allocated()
+    assert allocated[100] <= 1.01 * allocated[10]

@@ -1,0 +1,27 @@
+"""The figures in the READMEs are those of benchmarks/results."""
+
+import json
+
+import pytest
+
+LABELS = {"host bf16": "eager", "ours bf16": "`bf16`", "ours fp16": "`fp16`", "ours fp8": "`fp8`",
+          "ours int4-fp8": "`int4-fp8`"}  # fmt: skip
+
+
+@pytest.mark.parametrize("page", ["README.md", "README.zh.md"])
+def test_speed_of_the_denoiser(pack, page):
+    rows = json.loads((pack / "benchmarks" / "results" / "denoise_h100.json").read_text(encoding="utf-8"))["rows"]
+    lines = [line for line in (pack / page).read_text(encoding="utf-8").splitlines() if line.startswith("| ")]
+    for row in rows:
+        line = next(line for line in lines if LABELS[row["what"]] in line and " ms |" in line)
+        assert row["gate"] and f"{row['denoise_ms']:,.0f} ms" in line
+        if row["size"] == 1024:
+            assert f"{100 * row['error']:.1f} %" in line
+
+
+@pytest.mark.parametrize("page", ["README.md", "README.zh.md"])
+def test_quality_of_the_demo(pack, page):
+    sets = json.loads((pack / "benchmarks" / "results" / "drawing.json").read_text(encoding="utf-8"))["sets"]
+    text = (pack / page).read_text(encoding="utf-8")
+    for name in sets:
+        assert f"{100 * sets[name]['items']['rate']:.1f} %" in text

@@ -13,7 +13,7 @@ from comfy.ldm.lumina.model import NextDiT
 from comfy.patcher_extension import CallbacksMP
 
 from ..kernels import fp8
-from ..kernels.attention import ATTENTION
+from ..kernels.attention import ATTENTION, AttentionRequest
 from . import formats, layouts, quantiser, turbo
 from .checkpoint import Checkpoint, StateDict, shapes_of
 from .operations import operations
@@ -21,6 +21,7 @@ from .operations import operations
 OFFICIAL_FILE = "z_image_turbo_bf16.safetensors"
 FULL_WIDTH = 3840
 LATENT_SCALE = 8
+HEAD_AXES = [32, 48, 48]
 WORKING_MEMORY = 4 * 2**30
 OFFICIAL_SAMPLE_SIZE = 128  # in latent pixels, as diffusers counts
 PREVIEW_COLOURS = ("latent_rgb_factors", "latent_rgb_factors_bias")
@@ -65,6 +66,7 @@ def load_model(
     formats.check_quantised(checkpoint)
     checkpoint.require(shapes_of(_empty_module(config)))
     dtype = FLOATS.get(precision) or _preferred_dtype(config, checkpoint.weights, load_device)
+    check_attention(attention, load_device, management.unet_manual_cast(dtype, load_device) or dtype)
     if precision in quantiser.FORMS and cached is None:
         checkpoint = quantiser.quantised(checkpoint, precision, load_device)
         if cache:
@@ -92,6 +94,19 @@ def check_precision(precision: str, device: torch.device) -> None:
     if reason:
         raise ValueError(
             f"precision '{precision}' cannot be used on {device}: {reason}. Choose 'auto', 'int4' or 'bf16'."
+        )
+
+
+def check_attention(name: str, device: torch.device, dtype: torch.dtype) -> None:
+    """Raises ValueError, with the reason, for a named attention backend that the device cannot run."""
+    request = AttentionRequest(
+        device=device, dtype=dtype, batch=1, heads=30, tokens=4128, keys=4128, head_dim=sum(HEAD_AXES)
+    )
+    reasons = ATTENTION.refusals(request)
+    if reasons.get(name):
+        able = ", ".join(other for other, reason in reasons.items() if reason is None)
+        raise ValueError(
+            f"attention '{name}' cannot be used on {device}: it {reasons[name]}. Choose 'auto' or: {able}."
         )
 
 
@@ -155,7 +170,7 @@ def _small_config(weights: StateDict) -> dict:
         "image_model": "lumina2", "patch_size": 2, "in_channels": weights["x_embedder.weight"].shape[1] // 4,
         "dim": width, "cap_feat_dim": caption, "n_heads": heads, "n_kv_heads": heads, "qk_norm": True,
         "n_layers": count(weights, "layers.{}."), "n_refiner_layers": count(weights, "noise_refiner.{}."),
-        "axes_dims": [32, 48, 48], "axes_lens": [1536, 512, 512], "rope_theta": 256.0, "time_scale": 1000.0,
+        "axes_dims": HEAD_AXES, "axes_lens": [1536, 512, 512], "rope_theta": 256.0, "time_scale": 1000.0,
         "ffn_dim_multiplier": weights["noise_refiner.0.feed_forward.w1.weight"].shape[0] / width,
         "z_image_modulation": True, "pad_tokens_multiple": 32,
     }  # fmt: skip

@@ -10,6 +10,7 @@ from .graphs import LOADER, PROMPT, SAMPLER, turbo
 
 REFUSED = [
     ("ZImageTurboLoader", "precision", "int3", ("'int3'", "auto", "bf16")),
+    ("ZImageTurboLoader", "attention", "sage", ("'sage'", "auto", "cudnn")),
     ("ZImageTurboLoader", "precision", None, ("None", "auto", "bf16")),
     ("ZImageTurboLoader", "device", "cuda:7", ("'cuda:7'", "auto", "cpu")),
     ("ZImageTurboLoader", "device", "tpu", ("'tpu'", "auto", "cpu")),
@@ -36,6 +37,8 @@ async def test_a_value_out_of_range_is_refused(comfy, node, name, value, says):
 
 
 FAILED = [
+    ("ZImageTurboLoader", {"precision": "fp8"}, ("precision 'fp8' cannot be used on cpu", "8.9", "Choose 'auto'")),
+    ("ZImageTurboLoader", {"attention": "cudnn"}, ("attention 'cudnn'", "needs an NVIDIA GPU", "Choose 'auto'")),
     ("ZImageTurboSampler", {"width": 250}, ("width is 250", "multiples of 16", "Use 240 or 256")),
     ("ZImageTurboSampler", {"height": 8}, ("height is 8", "multiples of 16", "Use 16 or 32")),
     ("ZImageTurboTextEncode", {"text": ""}, ("text is empty", "Write what")),

@@ -9,9 +9,11 @@ from zimage_turbo.nodes.sampler import ZImageTurboSampler
 from zimage_turbo.nodes.text_encoder import ZImageTurboTextEncode
 
 
-def node_draw(precision: str = "auto") -> Callable[[list[str], list[int], list[tuple[int, int]]], list[torch.Tensor]]:
+def node_draw(
+    precision: str = "auto", attention: str = "auto"
+) -> Callable[[list[str], list[int], list[tuple[int, int]]], list[torch.Tensor]]:
     """draw(prompts, seeds, sizes (width, height)) with the demo at 8 NFE; pictures [height, width, 3] in 0..1."""
-    model, clip, vae = ZImageTurboLoader.execute("demo", "auto", "auto", precision, "auto").args
+    model, clip, vae = ZImageTurboLoader.execute("demo", "auto", "auto", precision, "auto", attention).args
 
     def draw(prompts, seeds, sizes):
         pictures = []

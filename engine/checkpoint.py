@@ -45,6 +45,10 @@ class Checkpoint:
     def replaced(self, weights: StateDict, metadata: dict[str, str] | None = None) -> "Checkpoint":
         return dataclasses.replace(self, weights=weights, metadata=self.metadata if metadata is None else metadata)
 
+    def configured(self, folder: Path) -> "Checkpoint":
+        """With the config.json of a component folder. Raises CheckpointError."""
+        return dataclasses.replace(self, config=_read_config(folder / "config.json", self.label))
+
     def error(self, what: str) -> CheckpointError:
         """``what`` goes on from the checkpoint's name: 'lacks …', 'is not …'."""
         return CheckpointError(f"'{self.label}' {what}")

@@ -80,6 +80,8 @@ def check_quantised(checkpoint: Checkpoint) -> None:
                 "Choose a file of another precision, or update ComfyUI."
             )
         weight, scale = (checkpoint.weights.get(f"{layer}.{part}") for part in ("weight", "weight_scale"))
+        if settings["format"] == layouts.INT4 and f"{layer}.weight_groups" not in checkpoint.weights:
+            raise checkpoint.error(f"lacks the groups of {layer}. It is incomplete: download it again.")
         if weight is None or scale is None:
             raise checkpoint.error(f"lacks the weight or scale of {layer}. It is incomplete: download it again.")
         if _is_product(settings) and scale.numel() not in (1, weight.shape[0]):
@@ -92,7 +94,9 @@ def expanded(checkpoint: Checkpoint, dtype: torch.dtype) -> Checkpoint:
     for layer, settings in _quantised_layers(checkpoint):
         stored, scale = weights[f"{layer}.weight"], weights.pop(f"{layer}.weight_scale").float()
         if settings["format"] == layouts.INT4:
-            packed = int4.Int4Weight(stored, weights.pop(f"{layer}.weight_groups"), scale, "rotated" in settings)
+            packed = int4.Int4Weight(
+                stored, weights.pop(f"{layer}.weight_groups"), scale, settings.get("rotated", False)
+            )
             weights[f"{layer}.weight"] = int4.dequantise(packed, dtype)
         elif _is_product(settings):
             scale = scale.reshape(-1, 1) if scale.numel() > 1 else scale.reshape(())

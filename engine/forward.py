@@ -14,16 +14,18 @@ import torch
 from comfy.ldm.lumina.model import FeedForward, JointAttention, JointTransformerBlock, NextDiT, pad_zimage, pos_ids_x
 
 from ..kernels import attention, norm, rope, swiglu
+from ..kernels.arguments import FLOATS
+from ..kernels.registry import installed
 from . import layouts
 
 KNOWN_ARGUMENTS = {"control", "clip_text_pooled"}  # pooled text: Z-Image has no use for it
-FOREIGN_OPTIONS = ("patches", "patches_replace", "rope_options", "optimized_attention_override", "hooks")
+FOREIGN_OPTIONS = ("patches", "patches_replace", "rope_options", "optimized_attention_override")
 QK_EPS = torch.finfo(torch.float32).eps  # what the host takes where a norm names none
 FP16_FACTOR = 2.0**-7
 Rows = torch.Tensor | tuple[torch.Tensor, torch.Tensor]  # [B, S, D], or its FP8 codes [B, S, D] and scales [B S, 1]
 
 
-def refusal(context: torch.Tensor | None, options: dict, arguments: dict) -> str | None:
+def refusal(module: NextDiT, context: torch.Tensor | None, options: dict, arguments: dict) -> str | None:
     """Why the fast forward cannot run this request; None if it can. `arguments`: what else the host's forward got."""
     if comfy.model_management.in_training or torch.is_grad_enabled():
         return "gradients are wanted"
@@ -31,14 +33,29 @@ def refusal(context: torch.Tensor | None, options: dict, arguments: dict) -> str
         return "torch.compile is tracing"
     if context is None:
         return "there is no text"
+    if context.is_cuda and (torch.version.hip or not installed("triton")):
+        return "this GPU has no Triton for CUDA"
     for name in FOREIGN_OPTIONS:
         if options.get(name):
             return f"transformer_options has {name}"
     if arguments.get("control") is not None:
         return "a ControlNet is applied"
     for name, value in arguments.items():
-        if name not in KNOWN_ARGUMENTS and value is not None and len(value):
+        absent = value is None or (isinstance(value, list | tuple) and not value)
+        if name not in KNOWN_ARGUMENTS and not absent:
             return f"the input {name} is given"
+    return norm_refusal(module, context.device)
+
+
+def norm_refusal(module: NextDiT, device: torch.device) -> str | None:
+    """Why the gains of the norms, which the fused kernels read where they lie, cannot be read; None if they can."""
+    for layer in module.norms:
+        if layer.weight_function:
+            return "a norm is patched while it runs"
+        if layer.weight.device != device:
+            return "norms are offloaded"
+        if layer.weight.dtype not in FLOATS:
+            return f"norms are stored as {layer.weight.dtype}"
     return None
 
 
@@ -164,9 +181,14 @@ def feed_forward(module: FeedForward, y: Rows, factor: float) -> torch.Tensor:
     return project(module.w2, (h[0].view(shape), h[1]) if quantise else h.view(shape))
 
 
+def replaced(layer: torch.nn.Module) -> bool:
+    """Whether a layer's forward is not its class's: a bypass LoRA puts its own there, and the bound method back."""
+    return getattr(layer.forward, "__func__", None) is not type(layer).forward
+
+
 def takes_rows(linear: torch.nn.Module) -> bool:
     """Whether a linear takes FP8 rows: its weight is one of ours, computes in FP8, and nothing is hooked to it."""
-    return not (linear.weight_function or "forward" in vars(linear)) and layouts.takes_rows(linear.weight)
+    return not (linear.weight_function or replaced(linear)) and layouts.takes_rows(linear.weight)
 
 
 def project(linear: torch.nn.Module, y: Rows) -> torch.Tensor:

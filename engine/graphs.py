@@ -5,6 +5,8 @@ run at the same time. Weights are read where they lay at capture: `state` must c
 """
 
 import logging
+import threading
+from collections import Counter
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 
@@ -12,7 +14,8 @@ import torch
 
 from .recent import Recent
 
-WARM_UP = 2  # calls before a capture: libraries allocate workspaces, kernels are compiled and chosen
+WARM_UP = 2  # evaluations of a shape before its capture: libraries allocate workspaces, kernels are compiled
+CAPTURING = threading.Lock()  # torch captures one graph at a time in a process
 
 
 @dataclass
@@ -32,50 +35,54 @@ class Graphs:
     """At most `limit` graphs, the least recently used given up first."""
 
     def __init__(self, limit: int):
-        self.captured, self.refused, self.pool, self.state = Recent(limit), set(), None, None
+        self.captured, self.seen, self.refused = Recent(limit), Counter(), set()
+        self.pool, self.state = None, None
 
     def clear(self) -> None:
         """Free the graphs and their memory."""
         self.captured.clear()
+        self.seen.clear()
         self.pool = None
 
     def run(
         self, function: Callable[..., torch.Tensor], inputs: list[torch.Tensor], state: Hashable
     ) -> torch.Tensor | None:
-        """function(*inputs), for inputs on one GPU; None, logged once, if these shapes could not be captured."""
+        """function(*inputs) by a graph, for inputs on one GPU; None if the caller is to call it.
+
+        The first calls with these shapes are the caller's, so that rare shapes cost no capture. One that fails, for
+        want of memory or because something in it cannot be captured, is logged and not tried again.
+        """
         if state != self.state:
             self.clear()
             self.refused.clear()
             self.state = state
         key = tuple((tensor.shape, tensor.dtype, tensor.device) for tensor in inputs)
-        if key in self.refused:
+        self.seen[key] += 1
+        if key in self.refused or self.seen[key] <= WARM_UP:
             return None
         try:
             captured = self.captured.get(key, lambda: self.capture(function, inputs))
-        except (
-            RuntimeError
-        ) as error:  # out of memory is one of them; what is truly wrong comes up again without a graph
+        except RuntimeError as error:  # what is wrong without a graph too comes up again in the caller's own call
             reason = str(error).partition("\n")[0]
             logging.warning("Z-Image-Turbo: no CUDA graph for %s, it runs without: %s", list(inputs[0].shape), reason)
-            self.refused.add(key)
             self.clear()
+            self.refused.add(key)
             torch.cuda.empty_cache()
             return None
         return captured.replay(inputs)
 
     def capture(self, function: Callable[..., torch.Tensor], inputs: list[torch.Tensor]) -> Captured:
-        held = [tensor.clone(memory_format=torch.contiguous_format) for tensor in inputs]
-        with torch.cuda.device(inputs[0].device):
-            side = torch.cuda.Stream()
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):
-                for _ in range(WARM_UP):
-                    function(*held)
-            torch.cuda.current_stream().wait_stream(side)
+        with CAPTURING, torch.cuda.device(inputs[0].device):
+            with torch.inference_mode(False):  # so that a replay may write into them in any mode
+                held = [torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device) for tensor in inputs]
+            for place, tensor in zip(held, inputs, strict=True):
+                place.copy_(tensor)
             if self.pool is None:
                 self.pool = torch.cuda.graph_pool_handle()
             graph = torch.cuda.CUDAGraph()
-            # other threads of the host may call CUDA meanwhile: only this thread's calls are held to the rules
-            with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
+            # A stream of our own: torch's default one belongs to the first device that captured.
+            # thread_local: other threads of the host may call CUDA meanwhile.
+            stream = torch.cuda.Stream()
+            with torch.cuda.graph(graph, pool=self.pool, stream=stream, capture_error_mode="thread_local"):
                 output = function(*held)
         return Captured(graph, held, output)

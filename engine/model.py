@@ -35,6 +35,7 @@ SIGNATURE = (
 )
 NATIVE_SIZE = "native_size"
 FLOATS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+HELD = (torch.float64, *FLOATS.values())  # types of weights that take on the type they are held in
 PRECISIONS = ("auto", *FLOATS, *quantiser.FORMS)
 ATTENTIONS = ("auto", *ATTENTION.backends)
 
@@ -67,19 +68,20 @@ def load_model(
     checkpoint.require(shapes_of(_empty_module(config)))
     dtype = FLOATS.get(precision) or _preferred_dtype(config, checkpoint.weights, load_device)
     check_attention(attention, load_device, management.unet_manual_cast(dtype, load_device) or dtype)
-    if precision in quantiser.FORMS and cached is None:
-        checkpoint = quantiser.quantised(checkpoint, precision, load_device)
-        if cache:
-            quantiser.write_cache(checkpoint, path, precision)
+    if precision in quantiser.FORMS:
+        if cached is None:
+            checkpoint = quantiser.quantised(checkpoint, precision, load_device)
+            if cache:
+                quantiser.write_cache(checkpoint, path, precision)
     elif config.quant_config and (precision in FLOATS or formats.storage_only(checkpoint)):
         checkpoint = formats.expanded(checkpoint, dtype)
     config.quant_config = comfy.utils.detect_layer_quantization(checkpoint.weights, "")
     if formats.is_ours(checkpoint):
         config.custom_operations = operations(dtype, _compute(precision, load_device))
-    resident = disable_dynamic or fits(checkpoint.weights, load_device)
+    resident = disable_dynamic or fits(checkpoint.weights, dtype, load_device)
     patcher = _build(config, checkpoint.weights, dtype, load_device, resident)
-    turbo.adopt(patcher.model.diffusion_model, attention)
-    patcher.add_callback(CallbacksMP.ON_DETACH, turbo.free_graphs)
+    turbo.adopt(patcher.model.diffusion_model, attention, patcher.model)
+    patcher.add_callback(CallbacksMP.ON_DETACH, turbo.free_memory)
     for name, values in preview_colours.items():
         if values:  # a latent space of its own; without them the host previews in the official one's colours
             setattr(patcher.model.latent_format, name, values)
@@ -110,16 +112,18 @@ def check_attention(name: str, device: torch.device, dtype: torch.dtype) -> None
         )
 
 
-def fits(weights: StateDict, device: torch.device) -> bool:
-    """Whether all weights can stay on the GPU beside what a 1024x1024 picture and the VAE take.
+def fits(weights: StateDict, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether all weights, held in `dtype` where they are not quantised, can stay on the GPU.
 
-    Such a model is given to the host's plain patcher: its dynamic one maps weights in when they are used, and a CUDA
-    graph needs them where they were.
+    That is beside what a 1024x1024 picture and the VAE take. Such a model is given to the host's plain patcher: its
+    dynamic one maps weights in when they are used, and a CUDA graph needs them where they were.
     """
     if device.type != "cuda":
         return False
-    held = sum(weight.nbytes for weight in weights.values())
-    return held + WORKING_MEMORY <= torch.cuda.get_device_properties(device).total_memory
+    sizes = (
+        weight.numel() * (dtype.itemsize if weight.dtype in HELD else weight.itemsize) for weight in weights.values()
+    )
+    return sum(sizes) + WORKING_MEMORY <= torch.cuda.get_device_properties(device).total_memory
 
 
 def _compute(precision: str, device: torch.device) -> str:

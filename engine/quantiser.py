@@ -8,6 +8,7 @@ from pathlib import Path
 import comfy.model_management as management
 import comfy.utils
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from ..kernels import fp8, int4
@@ -18,6 +19,7 @@ from .operations import MARKER, mark
 # Modulation, embedders, norms and the final layer are small and sensitive: they keep their 16 bits.
 BLOCK_LINEAR = re.compile(r"(\w+_refiner|layers)\.\d+\.(attention\.(qkv|out)|feed_forward\.w[123])\.weight")
 FORMS = {"fp8": layouts.FP8, "int4": layouts.INT4, "int4-fp8": layouts.INT4}
+WORKSPACE = 2**30  # bytes that quantising one weight takes at most
 SOURCE = "zimage_source"  # metadata of a cache file: what it was made from
 
 
@@ -28,6 +30,8 @@ def quantised(checkpoint: Checkpoint, precision: str, device: torch.device) -> C
     """
     form = FORMS[precision]
     checkpoint = formats.expanded(checkpoint, torch.bfloat16)
+    if device.type == "cuda":
+        management.free_memory(WORKSPACE, device)
     names = [name for name in checkpoint.weights if BLOCK_LINEAR.fullmatch(name)]
     weights, start, progress = dict(checkpoint.weights), time.monotonic(), comfy.utils.ProgressBar(len(names))
     logging.info("Z-Image-Turbo: quantising %d weights to %s on %s.", len(names), form, device)
@@ -71,16 +75,24 @@ def read_cache(path: Path, precision: str) -> Checkpoint | None:
         return None
     checkpoint = Checkpoint.read(cached)
     if checkpoint.metadata.get(SOURCE) == source_of(path):
-        return checkpoint
+        return checkpoint.configured(path) if path.is_dir() else checkpoint
     logging.info("Z-Image-Turbo: %s was made from another version of %s; quantising anew.", cached.name, path.name)
     return None
 
 
 def write_cache(checkpoint: Checkpoint, path: Path, precision: str) -> None:
-    """Keep the quantised form; a file that is half written is never seen under the final name."""
+    """Keep the quantised form; a file that is half written is never seen under the final name.
+
+    A disk that is full or read-only is logged: the model itself can be used.
+    """
     cached = cache_path(path, precision)
     partial = cached.with_suffix(".partial")
     weights = {name: weight.contiguous() for name, weight in checkpoint.weights.items()}
-    save_file(weights, partial, metadata={"format": "pt", SOURCE: source_of(path)})
-    partial.replace(cached)
+    try:
+        save_file(weights, partial, metadata={"format": "pt", SOURCE: source_of(path)})
+        partial.replace(cached)
+    except (OSError, SafetensorError) as error:
+        logging.warning("Z-Image-Turbo: %s could not be kept: %s", cached, error)
+        partial.unlink(missing_ok=True)
+        return
     logging.info("Z-Image-Turbo: kept %s (%.1f GB).", cached, cached.stat().st_size / 1e9)

@@ -1,37 +1,43 @@
 """The class that our loader gives to the host's NextDiT: the fast forward where it knows the request."""
 
 import functools
+import weakref
 from collections import Counter
+from collections.abc import Callable
 
 import comfy.ldm.common_dit
 import comfy.model_management as management
+import comfy.utils
 import torch
 from comfy.ldm.lumina.model import NextDiT
+from comfy.model_base import BaseModel
 from comfy.quant_ops import QuantizedTensor
 
 from . import forward
 from .graphs import Graphs
 from .recent import Recent
 
-FAST, GRAPH = "fast", "fast, CUDA graph"
-GRAPHS, CAPTIONS, TABLES = 4, 4, 8  # how many of each are kept
+FAST, REPLAYED = "fast", "fast, CUDA graph"
+MAX_GRAPHS, MAX_CAPTIONS, MAX_TABLES = 4, 4, 8
 
 
 class TurboNextDiT(NextDiT):
-    """`forwards` counts evaluations by the path that ran: FAST, GRAPH, or why it was the host's.
+    """`forwards` counts evaluations by the path that ran: FAST, REPLAYED, or why it was the host's.
 
-    `attention` names a backend of `kernels.attention`.
+    `attention` names a backend of `kernels.attention`, `base` refers to the host's model around this module.
     """
 
     attention: str
+    base: Callable[[], BaseModel | None]
     forwards: Counter
+    norms: list[torch.nn.Module]
     graphs: Graphs
     captions: Recent
     tables: Recent
 
     def _forward(self, x, timesteps, context, num_tokens, attention_mask=None, transformer_options=None, **arguments):
         options = transformer_options if transformer_options is not None else {}
-        reason = forward.refusal(context, options, arguments)
+        reason = forward.refusal(self, context, options, arguments)
         if reason:
             self.forwards[reason] += 1
             return super()._forward(
@@ -39,40 +45,51 @@ class TurboNextDiT(NextDiT):
             )
         height, width = x.shape[-2:]
         x = comfy.ldm.common_dit.pad_to_patch_size(x, (self.patch_size, self.patch_size))
-        return self._fast(x, timesteps, self._caption(context, options), options)[..., :height, :width]
+        return self._fast(x, timesteps, self._caption(context, options))[..., :height, :width]
 
     def _caption(self, context: torch.Tensor, options: dict) -> torch.Tensor:
-        """The refined caption, computed once a prompt: each run of a sampler gives its prompts new uuids."""
-        compute = forward.Compute(context.dtype, self.attention)
-        refine = functools.partial(forward.refine_caption, self, context, compute)
-        uuids = tuple(options.get("uuids") or ())
-        return self.captions.get((uuids, context.shape, context.dtype), refine) if uuids else refine()
+        """The refined caption, computed once a prompt: each run of a sampler gives its prompts new uuids.
 
-    def _fast(self, x: torch.Tensor, timesteps: torch.Tensor, caption: torch.Tensor, options: dict) -> torch.Tensor:
-        rows, columns, words = x.shape[2] // self.patch_size, x.shape[3] // self.patch_size, caption.shape[1]
-        size = (words, rows, columns, x.device)
+        Wrappers may change the text from step to step, and LoRA hooks the weights: then it is computed anew.
+        """
+        refine = functools.partial(
+            forward.refine_caption, self, context, forward.Compute(context.dtype, self.attention)
+        )
+        uuids = tuple(options.get("uuids") or ())
+        patcher = getattr(self.base(), "current_patcher", None)
+        changing = any((options.get("wrappers") or {}).values()) or getattr(patcher, "current_hooks", None)
+        return self.captions.get((uuids, context.shape, context.dtype), refine) if uuids and not changing else refine()
+
+    def _fast(self, x: torch.Tensor, timesteps: torch.Tensor, caption: torch.Tensor) -> torch.Tensor:
+        size = (caption.shape[1], x.shape[2] // self.patch_size, x.shape[3] // self.patch_size, x.device)
         table = self.tables.get(size, lambda: forward.rotation_table(self, *size))
-        inputs = [x, timesteps, caption.expand(len(x), -1, -1), table]
+        inputs = [x, timesteps, comfy.utils.repeat_to_batch_size(caption, len(x)), table]
         denoise = functools.partial(forward.denoise, self, forward.Compute(x.dtype, self.attention))
-        if weights := resident_weights(self, x.device):
+        weights = resident_weights(self, x.device)
+        if weights is None:
+            self.graphs.clear()
+        else:
             management.throw_exception_if_processing_interrupted()  # a replay asks no layer
             result = self.graphs.run(denoise, inputs, (self.attention, weights))
             if result is not None:
-                self.forwards[GRAPH] += 1
+                self.forwards[REPLAYED] += 1
                 return result
         self.forwards[FAST] += 1
         return denoise(*inputs)
 
 
 def resident_weights(module: torch.nn.Module, device: torch.device) -> tuple[tuple[int, ...], ...] | None:
-    """Where every weight lies, if all lie on this GPU and are used as they are; None if a graph cannot hold them."""
+    """Where every weight lies, if a CUDA graph may rely on it; else None.
+
+    It may if all lie on this GPU and are used as they are, and if memory comes from torch's own allocator.
+    """
     if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
         return None
     if torch.cuda.get_allocator_backend() != "native":  # graphs share a pool, which cudaMallocAsync has none of
         return None
     for layer in module.modules():
-        changed = getattr(layer, "weight_function", ()) or getattr(layer, "bias_function", ())
-        if changed or hasattr(layer, "_v") or "forward" in vars(layer):  # hooks, dynamic VRAM, bypass LoRA
+        patched = getattr(layer, "weight_function", ()) or getattr(layer, "bias_function", ())
+        if patched or hasattr(layer, "_v") or forward.replaced(layer):  # hooks, dynamic VRAM, bypass LoRA
             return None
     weights = list(module.parameters())
     return tuple(addresses(weight) for weight in weights) if all(w.device == device for w in weights) else None
@@ -85,14 +102,18 @@ def addresses(weight: torch.Tensor) -> tuple[int, ...]:
     return tuple(part.data_ptr() for part in parts)
 
 
-def free_graphs(patcher, unpatch_all: bool) -> None:
-    """For the host's ON_DETACH: a model that is unloaded gives the memory of its graphs back too."""
+def free_memory(patcher, unpatch_all: bool) -> None:
+    """For the host's ON_DETACH: a model that is unloaded gives back what it keeps between evaluations."""
     if unpatch_all:
-        patcher.model.diffusion_model.graphs.clear()
+        module = patcher.model.diffusion_model
+        for kept in (module.graphs, module.captions, module.tables):
+            kept.clear()
 
 
-def adopt(module: NextDiT, attention: str = "auto") -> None:
+def adopt(module: NextDiT, attention: str = "auto", base: BaseModel | None = None) -> None:
     """Make a module of the host ours; its weights and everything that holds them stay as they are."""
     module.__class__, module.attention = TurboNextDiT, attention
-    module.forwards, module.graphs = Counter(), Graphs(GRAPHS)
-    module.captions, module.tables = Recent(CAPTIONS), Recent(TABLES)
+    module.base = weakref.ref(base) if base is not None else lambda: None
+    module.norms = [layer for layer in module.modules() if isinstance(layer, torch.nn.RMSNorm)]
+    module.forwards, module.graphs = Counter(), Graphs(MAX_GRAPHS)
+    module.captions, module.tables = Recent(MAX_CAPTIONS), Recent(MAX_TABLES)

@@ -36,14 +36,15 @@ def document(server) -> dict:
 
 def fault() -> str | None:
     """Why no prompt can be run, or None."""
-    if not any("prompt_worker" in thread.name for thread in threading.enumerate()):
-        return "The prompt worker is not running: it starts, or it has died. If this stays, restart ComfyUI."
     device = management.get_torch_device()
     if device.type == "cuda":
         try:
             torch.cuda.mem_get_info(device)
         except RuntimeError as error:  # after a kernel fault every CUDA call of the process fails
             return f"CUDA does not answer: {str(error).splitlines()[0]} Restart ComfyUI."
+    # After CUDA, which may be what the worker died of.
+    if not any("prompt_worker" in thread.name for thread in threading.enumerate()):
+        return "The prompt worker is not running: it starts, or it has died. If this stays, restart ComfyUI."
     return None
 
 

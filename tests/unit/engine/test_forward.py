@@ -79,19 +79,21 @@ def test_sampling_takes_the_fast_path(demo):
         ({}, {"control": {"output": []}}, "ControlNet"),
         ({}, {"ref_latents": [torch.zeros(1)]}, "ref_latents"),
         ({}, {"unknown": torch.ones(1)}, "unknown"),
+        ({}, {"strength": 0.5}, "strength"),
     ],
 )
-def test_leaves_to_the_host_what_it_does_not_know(options, arguments, reason):
-    assert reason in forward.refusal(torch.zeros(1), options, arguments)
+def test_leaves_to_the_host_what_it_does_not_know(small, options, arguments, reason):
+    assert reason in forward.refusal(small.model.diffusion_model, torch.zeros(1), options, arguments)
 
 
-def test_knows_what_samplers_always_pass():
-    assert forward.refusal(torch.zeros(1), {"patches": {}, "sigmas": torch.ones(1)}, {"control": None}) is None
+def test_knows_what_samplers_always_pass(small):
+    module, options = small.model.diffusion_model, {"patches": {}, "sigmas": torch.ones(1)}
+    assert forward.refusal(module, torch.zeros(1), options, {"control": None, "ref_latents": []}) is None
 
 
-def test_leaves_training_to_the_host():
+def test_leaves_training_to_the_host(small):
     with torch.inference_mode(False), torch.enable_grad():
-        assert "gradients" in forward.refusal(torch.zeros(1), {}, {})
+        assert "gradients" in forward.refusal(small.model.diffusion_model, torch.zeros(1), {}, {})
 
 
 def test_an_odd_latent_is_padded_as_the_host_does(small):
@@ -99,3 +101,38 @@ def test_an_odd_latent_is_padded_as_the_host_does(small):
     ours = module._forward(x, timesteps, context, 21)
     assert ours.shape == x.shape
     assert relative_error(ours, NextDiT._forward(module, x, timesteps, context, 21)) < 2e-5
+
+
+def hold(norm: torch.nn.Module, **to) -> None:
+    norm.weight = torch.nn.Parameter(norm.weight.to(**to), requires_grad=False)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda norm: setattr(norm, "weight_function", [lambda weight: 2 * weight]), "patched"),
+        (lambda norm: hold(norm, device="meta"), "offloaded"),
+        (lambda norm: hold(norm, dtype=torch.float8_e4m3fn), "float8"),
+    ],
+    ids=["patched", "offloaded", "float8"],
+)
+def test_leaves_norms_that_it_cannot_read_to_the_host(tmp_path, change, reason):
+    module = load_model(small_transformer(tmp_path / "small.safetensors"), "fp32").model.diffusion_model
+    change(module.layers[0].attention.q_norm)
+    assert reason in forward.refusal(module, torch.zeros(1), {}, {})
+
+
+def test_one_text_for_a_batch(small):
+    module, (x, timesteps, context) = small.model.diffusion_model, request_of(2, 24, 28, 21)
+    ours = module._forward(x, timesteps, context[:1], 21)
+    assert relative_error(ours, NextDiT._forward(module, x, timesteps, context[:1], 21)) < 2e-5
+
+
+def test_the_caption_is_refined_once_a_prompt_and_anew_where_it_may_change(small):
+    module, (x, timesteps, context) = small.model.diffusion_model, request_of(1, 24, 28, 21)
+    options = {"uuids": ["a"]}
+    once = module._forward(x, timesteps, context, 21, transformer_options=options)
+    assert torch.equal(module._forward(x, timesteps, 2 * context, 21, transformer_options=options), once)
+    wrapped = options | {"wrappers": {"apply_model": {"mine": [print]}}}
+    assert not torch.equal(module._forward(x, timesteps, 2 * context, 21, transformer_options=wrapped), once)
+    assert not torch.equal(module._forward(x, timesteps, 2 * context, 21, transformer_options={"uuids": ["b"]}), once)

@@ -1,5 +1,7 @@
 """Our weight formats inside the host: load, compute, LoRA, clone, save, reload, training, refusal by stock layers."""
 
+import shutil
+
 import comfy.ops
 import comfy.sd
 import comfy.utils
@@ -7,8 +9,8 @@ import pytest
 import torch
 from comfy.quant_ops import QuantizedTensor
 
-from zimage_turbo.engine import model, ode, quantiser, sampling
-from zimage_turbo.engine.checkpoint import Checkpoint
+from zimage_turbo.engine import catalogue, forward, model, ode, quantiser, sampling
+from zimage_turbo.engine.checkpoint import Checkpoint, CheckpointError
 from zimage_turbo.engine.model import load_model
 from zimage_turbo.kernels import int4 as int4_kernels
 from zimage_turbo.tests.comparison import relative_error, stock_sample
@@ -94,6 +96,7 @@ def test_bypass_lora_is_exact(int4, file):
     bypass, _ = comfy.sd.load_bypass_lora_for_models(int4, None, lora(), 1.0, 0.0)
     assert relative_error(drawn(bypass), before) > 1e-3
     assert torch.equal(drawn(int4), before)
+    assert not forward.replaced(int4.model.diffusion_model.layers[0].attention.out)
 
 
 def test_clone_is_independent_and_equal(int4):
@@ -125,6 +128,32 @@ def test_cache_of_an_older_file_is_not_taken(file, tmp_path):
     load_model(source, "int4", cache=True)
     small_transformer(source, layers=2, seed=5)
     assert quantiser.read_cache(source, "int4") is None
+
+
+def test_cache_of_a_folder_keeps_its_settings(tmp_path):
+    folder = tmp_path / "transformer"
+    shutil.copytree(catalogue.DEMO_FOLDER / "transformer", folder)
+    load_model(folder, "int4", cache=True)
+    again = load_model(folder, "int4")
+    assert isinstance(weight_of(again), QuantizedTensor)
+    assert again.get_attachment(model.NATIVE_SIZE) == 256
+    assert again.model.latent_format.latent_rgb_factors[0] == [-0.029, -0.109, -0.245]
+
+
+def test_a_disk_that_takes_no_cache_does_not_stop_the_model(file, tmp_path, caplog):
+    source = tmp_path / "model.safetensors"
+    source.write_bytes(file.read_bytes())
+    quantiser.cache_path(source, "int4").mkdir()
+    assert torch.isfinite(drawn(load_model(source, "int4", cache=True))).all()
+    assert "could not be kept" in caplog.text and not list(tmp_path.glob("*.partial"))
+
+
+def test_a_file_without_groups_is_incomplete(int4, tmp_path):
+    weights = int4.model.diffusion_model.state_dict()
+    del weights["layers.0.attention.qkv.weight_groups"]
+    comfy.utils.save_torch_file(weights, str(tmp_path / "cut.safetensors"))
+    with pytest.raises(CheckpointError, match=r"groups of layers\.0\.attention\.qkv"):
+        load_model(tmp_path / "cut.safetensors", "auto")
 
 
 def test_stock_layers_refuse_it(int4):

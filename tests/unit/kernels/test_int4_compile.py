@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -19,7 +20,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from zimage_turbo.kernels import int4_expand_triton, int4_linear_triton
+from zimage_turbo.kernels import int4_expand_triton, int4_linear_triton, int4_terms_triton
 
 
 def compiled(kernel, types, constants):
@@ -31,7 +32,7 @@ def compiled(kernel, types, constants):
     return triton.compile(source, target=GPUTarget("cuda", int(sys.argv[2]), 32), options={"num_stages": 3}).asm["ptx"]
 
 
-print(json.dumps({
+kernels = {
     "product": compiled(
         int4_linear_triton._partial_products_kernel,
         ["*bf16", "*i64", "*i64", "*i32", "*fp32", "i32", "i32", "i32", "i32", "i32"],
@@ -40,7 +41,17 @@ print(json.dumps({
     "expand": compiled(
         int4_expand_triton._expand_fp8_kernel, ["*i64", "*u8", "*i32", "*i64", "i32"], {"PTX": True, "BLOCK": 512}
     ),
-}))
+}
+if sys.argv[2] == "90":
+    pointers = ["*fp8e4nv", "*fp32", "*i64", "*i64", "*i32", "*fp32", "*fp32", "*fp32", "*i32", "*bf16"]
+    constants = {"BIAS": True, "SPLIT": True, "PTX": True, "BLOCK_N": 64, "BLOCK_M": 16, "UNROLL": 1, "STAGES": 3}
+    for lookup, overlap in (("load", False), ("shuffle", True)):
+        kernels[lookup] = compiled(
+            int4_terms_triton._product_kernel,
+            [*pointers, "i32", "i32", "i32", "i32"],
+            {**constants, "LOOKUP": lookup, "OVERLAP": overlap, "EVEN": not overlap},
+        )
+print(json.dumps(kernels))
 """
 
 
@@ -71,3 +82,15 @@ def test_decoded_weights_stay_in_registers(ptx):
     else:
         assert "wgmma.mma_async" in kernels["product"] and "ldmatrix" not in kernels["product"]
         assert kernels["product"].count("prmt.b32") < 1.1 * 16 * PRODUCT_WEIGHTS // 8
+
+
+@pytest.mark.parametrize("ptx", [90], indirect=True)
+@pytest.mark.parametrize("lookup", ["load", "shuffle"])
+def test_terms_meet_decoded_bytes_in_registers(ptx, lookup):
+    """6 permutations for 8 weights and 4 for the drops of 16, then the tensor core, in two times 4 products."""
+    code = ptx[1][lookup]
+    permutations = 6 * PRODUCT_WEIGHTS // 8 + (4 * PRODUCT_WEIGHTS // 16 if lookup == "shuffle" else 0)
+    assert permutations <= code.count("prmt.b32") < 1.1 * permutations
+    assert len(re.findall(r"wgmma.mma_async\S+e4m3.e4m3", code)) == 8
+    assert "ldmatrix" not in code and "st.shared" not in code.split("wgmma.mma_async")[0]
+    assert ("shfl.sync.idx" in code, "griddepcontrol.wait" in code) == (lookup == "shuffle", lookup == "shuffle")

@@ -3,8 +3,16 @@
 import pytest
 import torch
 
-from zimage_turbo.kernels import int4, int4_expand_triton, int4_linear_triton, int4_quantise_triton, int4_reference
+from zimage_turbo.kernels import (
+    int4,
+    int4_expand_triton,
+    int4_few_rows,
+    int4_linear_triton,
+    int4_quantise_triton,
+    int4_reference,
+)
 from zimage_turbo.kernels.arguments import FP8
+from zimage_turbo.kernels.int4_shapes import levels
 from zimage_turbo.tests.unit.kernels.accuracy import error, normal, on_devices, poisoned, storable
 
 weights = on_devices(cpu=[(5, 272), (1, 16), (33, 256)], cuda=[(3840, 3840), (2560, 9728), (3840, 10240)])
@@ -12,6 +20,9 @@ products = on_devices(
     cpu=[(1, 70, 128), (3, 64, 640), (20, 100, 256), (70, 40, 128)],
     cuda=[(1, 3840, 3840), (17, 11520, 3840), (64, 3840, 10240), (200, 2560, 9728)],
 )
+
+
+SHAPES = [{"overlap": True}, {"warps": 8, "unroll": 1}, {"tiles": 2, "programs": 999}]
 
 
 def random_weight(rows, columns, device):
@@ -50,6 +61,36 @@ def test_linear(device, size, dtype, warps):
     out = poisoned((rows, outputs), storable(dtype, device), device)
     ours = int4_linear_triton.linear(x, weight.codes, weight.groups, weight.scales, bias, out, warps=warps)
     assert error(ours, exact) < 2 * error(plain, exact)
+
+
+@products
+@pytest.mark.parametrize("candidate", ["load", "shuffle"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_linear_in_two_terms(device, size, candidate, shape):
+    """As test_linear: the terms hold all that bf16 does."""
+    if device == "cuda" and torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("the FP8 product in registers is Hopper's")
+    rows, outputs, columns = size
+    weight = random_weight(outputs, columns, device)
+    x = normal(rows, columns, device=device, dtype=torch.bfloat16)
+    x *= torch.exp2(torch.randint(-60, 60, (rows, 1), device=device).float()).to(x.dtype)
+    x[:, 5] *= 200
+    bias = normal(outputs, device=device, dtype=torch.bfloat16) if rows > 1 else None
+    exact = x.double() @ int4.expand(weight, torch.float32).double().T
+    if bias is not None:
+        exact += bias.double()
+    plain = torch.nn.functional.linear(x, int4.expand(weight, torch.bfloat16), bias)
+    out = poisoned((rows, outputs), storable(torch.bfloat16, device), device)
+    parts = weight.codes, weight.groups, weight.scales
+    ours = int4_few_rows.linear(x, *parts, bias, out, candidate, **shape)
+    for row in range(rows):
+        assert error(ours[row], exact[row]) < 2 * error(plain[row], exact[row])
+
+
+def test_signs_of_the_outer_levels():
+    """What int4_decode_triton.shuffle_row builds upon."""
+    value = levels(torch.device("cpu"))
+    assert (value[:, :4] < 0).all() and (value[:, 12:] > 0).all()
 
 
 @on_devices(cpu=[], cuda=[(16, 3840, 2560), (64, 2560, 9728)])

@@ -54,7 +54,7 @@ def random_weights() -> dict:
     weights = {}
     for name, value in empty.state_dict().items():
         noise = torch.randn(value.shape, device="cuda", dtype=torch.bfloat16)
-        if "norm" in name and name.endswith("weight"):
+        if name == "cap_embedder.0.weight" or ("norm" in name and name.endswith("weight")):
             noise = 1 + 0.1 * noise
         else:
             noise *= 0.02

@@ -2,14 +2,18 @@
 
 Run: python benchmarks/kernels_int4.py [--sweep]
 Times are those of a replayed CUDA graph that goes through copies of a weight, together larger than the L2 cache, so
-that every call reads its weight from memory. --sweep also tries other launch shapes of the product of few rows.
+that every call reads its weight from memory. --sweep instead tries every candidate for the product of few rows in many
+launch shapes: first on SCREEN, then the fastest ones on every weight. Processes of their own compile and check them.
 """
 
 import argparse
 import itertools
+import multiprocessing
 import statistics
 import sys
+import time
 import types
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 PACK = Path(__file__).resolve().parent.parent
@@ -21,24 +25,30 @@ import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 import triton  # noqa: E402
 
-from zimage_turbo.kernels import fp8, hadamard, int4, int4_linear_triton, int4_reference  # noqa: E402
+from zimage_turbo.kernels import fp8, hadamard, int4, int4_few_rows_triton, int4_reference  # noqa: E402
 
 SHAPES = [(11520, 3840), (3840, 3840), (10240, 3840), (3840, 10240), (9728, 2560), (2560, 9728), (6144, 2560)]  # (N, K)
 ROWS = [1, 16, 64, 256]
 TOKENS = 4224
+SCREEN = [(10240, 3840), (3840, 3840)]  # the sweep's first round
+FINALISTS = 6
+PROGRAMS = (3, 4, 5, 6, 8)
 COLD = 256 * 2**20  # bytes of weights that calls go through: five times the L2 cache of an H100
 BF16, FP8 = torch.bfloat16, torch.float8_e4m3fn
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--sweep", action="store_true", help="try other launch shapes of the product of few rows")
+    parser.add_argument("--sweep", action="store_true", help="only find the fastest products of few rows")
     arguments = parser.parse_args()
     torch.manual_seed(0)
     print(torch.cuda.get_device_name(0), "torch", torch.__version__, "triton", triton.__version__)
     with torch.inference_mode():
+        if arguments.sweep:
+            sweep()
+            return
         check()
-        few_rows(arguments.sweep)
+        few_rows()
         expansion()
         if fp8.supported("cuda") is None:
             many_rows()
@@ -71,9 +81,8 @@ def check() -> None:
             x = torch.randn(rows, 3840, device="cuda", dtype=dtype)
             exact = x.double() @ int4.expand(weight, torch.float32).double().T
             allowed = 2 * error(F.linear(x, plain_weight), exact)
-            for warps in (4, 8):
-                ours = int4_linear_triton.linear(x, *parts, None, warps=warps)
-                require(f"linear {rows} rows, {dtype}, {warps} warps", error(ours, exact), allowed)
+            ours = int4_few_rows_triton.linear(x, *parts, None)
+            require(f"linear {rows} rows, {dtype}", error(ours, exact), allowed)
     if fp8.supported("cuda") is None:
         x = torch.randn(333, 3840, device="cuda", dtype=BF16)
         codes, scales = fp8.quantise_rows(x)
@@ -112,15 +121,13 @@ def pair(outputs: int, columns: int) -> tuple[list, list]:
     return copies, [dense.clone() for _ in range(-(-COLD // dense.nbytes))]
 
 
-def few_rows(sweep: bool) -> None:
+def few_rows() -> None:
     print("\nlinear of few rows, microseconds")
     print(f"{'N':>6} {'K':>6} {'M':>4} {'bf16':>7} {'fused':>7} {'ratio':>6} {'TB/s':>5} {'expand':>7}")
     for outputs, columns in SHAPES:
         copies, dense = pair(outputs, columns)
         for rows in ROWS:
             print(f"{outputs:6} {columns:6} {rows:4} {few_rows_of(rows, copies, dense)}", flush=True)
-            if sweep and rows > 1:
-                print("      (warps, programs):", launch_shapes(rows, copies), flush=True)
 
 
 def few_rows_of(rows: int, copies: list, dense: list) -> str:
@@ -131,17 +138,107 @@ def few_rows_of(rows: int, copies: list, dense: list) -> str:
     return f"{plain:7.1f} {fused:7.1f} {plain / fused:6.2f} {copies[0].nbytes / fused / 1e6:5.2f} {expanded:7.1f}"
 
 
-def launch_shapes(rows: int, copies: list) -> dict:
-    x = torch.randn(rows, copies[0].shape[1], device="cuda", dtype=BF16)
-
-    def time(warps: int, programs: int) -> float:
-        return round(microseconds(lambda w: fused_linear(x, w, warps=warps, programs=programs), copies), 1)
-
-    return {shape: time(*shape) for shape in itertools.product((4, 8), (2, 3, 4, 6, 8))}
-
-
 def fused_linear(x: torch.Tensor, w: int4.Int4Weight, **shape) -> torch.Tensor:
-    return int4_linear_triton.linear(x, w.codes, w.groups, w.scales, None, **shape)
+    return int4_few_rows_triton.linear(x, w.codes, w.groups, w.scales, None, **shape)
+
+
+def sweep() -> None:
+    began = time.perf_counter()
+    with ProcessPoolExecutor(14, multiprocessing.get_context("spawn")) as pool:
+        screened = {rows: checked(pool, rows, list(kernels(rows))) for rows in (16, 64)}
+        print(f"{time.perf_counter() - began:.0f} s: first round", flush=True)
+        best = {rows: screen(rows, screened[rows]) for rows in screened}
+        for rows, shapes in best.items():
+            trials = [{**shape, "overlap": flag} for shape in shapes for flag in (False, True)]
+            best[rows] = checked(pool, rows, [{"candidate": "pairs"}, *trials])
+    print(f"{time.perf_counter() - began:.0f} s: second round")
+    for outputs, columns in SHAPES:
+        copies, dense = pair(outputs, columns)
+        for rows in (1, 16, 64):
+            x = torch.randn(rows, columns, device="cuda", dtype=BF16)
+            plain = microseconds(lambda w, x=x: F.linear(x, w), dense)
+            found = verdict(x, copies, best[max(16, rows)], plain)
+            print(f"{outputs} {columns} M={rows} bf16 {plain:.1f} {found}", flush=True)
+    print(f"{time.perf_counter() - began:.0f} s")
+
+
+def kernels(rows: int):
+    """Launch parameters that are compiled in, for 16 or 64 rows."""
+    blocks = [(4, 1), (8, 1), (4, 2)] if rows == 16 else [(4, 1), (8, 1), (16, 1), (8, 2)]
+    stages = (3, 4) if rows == 16 else (2, 3)
+    for candidate, (warps, tiles), unroll, depth in itertools.product(("load", "shuffle"), blocks, (1, 2), stages):
+        yield {"candidate": candidate, "warps": warps, "tiles": tiles, "unroll": unroll, "stages": depth}
+
+
+def checked(pool: ProcessPoolExecutor, rows: int, shapes: list) -> list:
+    """Those of the launch shapes that fit the GPU and compute the product; no other is timed."""
+    kept = []
+    for shape, (ours, allowed) in zip(shapes, pool.map(compiled_error, itertools.repeat(rows), shapes), strict=True):
+        if ours is None:
+            print("does not fit:", named(shape))
+        elif not ours <= allowed:
+            print(f"WRONG: {named(shape)}, {rows} rows: {ours:.2e}, allowed {allowed:.2e}")
+        else:
+            kept.append(shape)
+    print(f"{len(kept)} of {len(shapes)} launch shapes for {rows} rows fit and are right", flush=True)
+    if not kept:
+        sys.exit("no times are reported")
+    return kept
+
+
+def compiled_error(rows: int, shape: dict) -> tuple[float | None, float]:
+    """The error on a small weight, None if the GPU has too little shared memory, and that of bf16, twice."""
+    torch.manual_seed(rows)
+    with torch.inference_mode():
+        weight = int4.quantise(torch.randn(1008, 2560, device="cuda", dtype=BF16) * 0.02, rotate=False)
+        x = torch.randn(rows, 2560, device="cuda", dtype=BF16)
+        exact = x.double() @ int4.expand(weight, torch.float32).double().T
+        allowed = 2 * error(F.linear(x, int4.expand(weight, BF16)), exact)
+        try:
+            return error(fused_linear(x, weight, **shape), exact), allowed
+        except triton.runtime.errors.OutOfResources:
+            return None, allowed
+
+
+def screen(rows: int, shapes: list) -> list:
+    """The FINALISTS fastest on SCREEN, each by its best number of programs; at least one of each candidate."""
+    score = [0.0] * len(shapes)
+    for outputs, columns in SCREEN:
+        copies, _ = pair(outputs, columns)
+        x = torch.randn(rows, columns, device="cuda", dtype=BF16)
+        times = [fastest(x, copies, shape)[0] for shape in shapes]
+        score = [total + time / min(times) for total, time in zip(score, times, strict=True)]
+    ranked = sorted(zip(score, map(named, shapes), shapes, strict=True))
+    print(f"{rows} rows, times over the best of each weight:", *(f"{s / len(SCREEN):.2f} ({n})" for s, n, _ in ranked))
+    chosen = [shape for _, _, shape in ranked]
+    firsts = [shapes[0] for name in ("load", "shuffle") if (shapes := [s for s in chosen if s["candidate"] == name])]
+    return firsts + [shape for shape in chosen if shape not in firsts][: FINALISTS - 2]
+
+
+def fastest(x: torch.Tensor, copies: list, shape: dict) -> tuple[float, dict]:
+    """Microseconds and launch shape with the best number of programs."""
+    if shape["candidate"] == "pairs":
+        return microseconds(lambda w: fused_linear(x, w, **shape), copies, repeats=5), shape
+    trials = [{**shape, "programs": programs} for programs in PROGRAMS]
+    times = [microseconds(lambda w, t=trial: fused_linear(x, w, **t), copies, repeats=5) for trial in trials]
+    return min(zip(times, trials, strict=True), key=lambda found: found[0])
+
+
+def verdict(x: torch.Tensor, copies: list, shapes: list, plain: float) -> str:
+    """The best launch shape, and the best times of its alternatives."""
+    found = sorted((fastest(x, copies, shape) for shape in shapes), key=lambda each: each[0])
+    best, shape = found[0]
+    times = {
+        name: min((t for t, s in found if s["candidate"] == name), default=float("nan"))
+        for name in int4_few_rows_triton.CANDIDATES
+    }
+    times["no overlap"] = min(t for t, s in found if not s.get("overlap"))
+    others = " ".join(f"{name} {time:.1f}" for name, time in times.items())
+    return f"| {named(shape)} {best:.1f} us {copies[0].nbytes / best / 1e6:.2f} TB/s {plain / best:.2f}x | {others}"
+
+
+def named(shape: dict) -> str:
+    return " ".join(str(value) if name == "candidate" else f"{name}={value:d}" for name, value in shape.items())
 
 
 def expansion() -> None:
@@ -159,8 +256,10 @@ def expansion_of(copies: list, dtype: torch.dtype) -> str:
 
 
 def many_rows() -> None:
-    print(f"\nlinear of {TOKENS} rows, microseconds; the parts of int4-fp8; a rotation; int4 in 16 bit")
-    names = ("N", "K", "bf16", "int4-fp8", "ratio", "rows", "expand", "product", "rotate", "int4")
+    print(
+        f"\nlinear of {TOKENS} rows, microseconds; the parts of int4-fp8; rotation, alone and with rows; int4 in 16 bit"
+    )
+    names = ("N", "K", "bf16", "int4-fp8", "ratio", "rows", "expand", "product", "rotate", "rot+rows", "int4")
     print(" ".join(f"{name:>8}" for name in names))
     for outputs, columns in SHAPES[:4]:
         print(f"{outputs:8} {columns:8} {many_rows_of(*pair(outputs, columns))}", flush=True)
@@ -180,6 +279,7 @@ def many_rows_of(copies: list, dense: list) -> str:
         microseconds(lambda w: int4.expand(w, FP8, space), copies),
         microseconds(lambda w: fp8.linear(x_fp8, x_scales, w_fp8, w.scales, None, BF16), copies),
         microseconds(lambda w: hadamard.rotate(x), copies),
+        microseconds(lambda w: hadamard.rotate_quantise_rows(x), copies),
         microseconds(lambda w: int4.linear(x, w), copies),
     )
     return f"{plain:8.1f} {ours:8.1f} {plain / ours:8.2f} " + " ".join(f"{part:8.1f}" for part in parts)

@@ -4,6 +4,9 @@ from functools import lru_cache
 
 import torch
 
+from . import fp8
+from .arguments import FP8, described
+
 BLOCK = 256
 
 
@@ -27,3 +30,19 @@ def rotate(x: torch.Tensor) -> torch.Tensor:
     if columns % BLOCK:
         raise ValueError(f"hadamard.rotate: the last dimension is {columns}; it must be a multiple of {BLOCK}")
     return (x.reshape(-1, BLOCK) @ matrix(x.device, x.dtype)).view(x.shape)
+
+
+def rotate_quantise_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """fp8.quantise_rows(rotate(x)) of contiguous x [M, K]; in one pass on a GPU, which rounds only once."""
+    if fp8.supported(x.device) is not None:
+        return fp8.quantise_rows(rotate(x))
+    from . import hadamard_triton
+
+    if x.ndim != 2 or x.shape[1] % BLOCK or not x.is_contiguous():
+        raise ValueError(
+            f"hadamard.rotate_quantise_rows: expected a contiguous x [M, K], K a multiple of {BLOCK}, "
+            f"got {described(x)}"
+        )
+    codes = torch.empty(x.shape, dtype=FP8, device=x.device)
+    scales = torch.empty((len(x), 1), dtype=torch.float32, device=x.device)
+    return hadamard_triton.rotate_quantise_rows(x, codes, scales)

@@ -150,9 +150,9 @@ def linear(x: torch.Tensor, weight: Int4Weight, bias: torch.Tensor | None = None
     if weight.rotated:
         rows = hadamard.rotate(rows)
     if _fused(rows):
-        from . import int4_linear_triton
+        from . import int4_few_rows_triton
 
-        y = int4_linear_triton.linear(rows, weight.codes, weight.groups, weight.scales, bias)
+        y = int4_few_rows_triton.linear(rows, weight.codes, weight.groups, weight.scales, bias)
     else:
         y = torch.nn.functional.linear(rows, expand(weight, x.dtype), bias)
     return y.view(*x.shape[:-1], weight.shape[0])
@@ -167,8 +167,6 @@ def linear_fp8(
     FP8 (fp8.supported) computes the same values from fp32 products. Raises ValueError if x or workspace does not fit.
     """
     rows = _checked_rows(x, weight, "int4.linear_fp8")
-    if weight.rotated:
-        rows = hadamard.rotate(rows)
     out = None
     if workspace is not None:
         count = weight.shape[0] * weight.shape[1]
@@ -178,7 +176,7 @@ def linear_fp8(
                 f"{list(weight.shape)}, got {described(workspace)}"
             )
         out = workspace.view(-1)[:count].view(weight.shape)
-    x_fp8, x_scales = fp8.quantise_rows(rows)
+    x_fp8, x_scales = (hadamard.rotate_quantise_rows if weight.rotated else fp8.quantise_rows)(rows)
     y = fp8.linear(x_fp8, x_scales, expand(weight, FP8, out), weight.scales, bias, x.dtype)
     return y.view(*x.shape[:-1], weight.shape[0])
 

@@ -70,6 +70,18 @@ def table(device: torch.device) -> torch.Tensor:
 
 
 @lru_cache(maxsize=32)
+def signed_shapes(device: torch.device) -> torch.Tensor:
+    """SHAPES taken apart for arithmetic on 4 bytes at once: [32, 32] uint8, a row 16 magnitudes, 8 signs and padding.
+
+    A magnitude has bit 7 set. A sign, of the middle 8 levels (those below are negative, those above positive), is 255
+    or 127: what a byte with bit 7 set has to be masked with.
+    """
+    with torch.inference_mode(False):
+        byte = shapes(device)
+        return torch.cat([byte | 128, byte[:, 4:12] | 127, torch.zeros_like(byte[:, :8])], 1)
+
+
+@lru_cache(maxsize=32)
 def halves(device: torch.device, dtype: torch.dtype) -> torch.Tensor:
     """table() as bf16 or fp16 numbers, taken apart into bytes: [256, 2, 16] uint8, high bytes first.
 

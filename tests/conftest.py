@@ -3,6 +3,7 @@
 ZIMAGE_COMFYUI names the ComfyUI tree; without it, the one that the pack lies in.
 """
 
+import os
 import sys
 import types
 from pathlib import Path
@@ -23,6 +24,10 @@ except FileNotFoundError as error:
 host.enter(COMFYUI, [])
 
 import torch  # noqa: E402
+
+if not torch.cuda.is_available():
+    # Our Triton kernels then run in Triton's interpreter, which must be asked for before anything imports Triton.
+    os.environ["TRITON_INTERPRET"] = "1"
 
 
 @pytest.fixture(scope="session")

@@ -5,8 +5,9 @@ import math
 import pytest
 import torch
 
-from zimage_turbo.kernels import hadamard
-from zimage_turbo.tests.unit.kernels.accuracy import error, normal
+from zimage_turbo.kernels import fp8, hadamard, hadamard_triton
+from zimage_turbo.kernels.arguments import FP8
+from zimage_turbo.tests.unit.kernels.accuracy import error, normal, on_devices, poisoned, same_fp8
 
 CPU = torch.device("cpu")
 
@@ -33,6 +34,18 @@ def test_keeps_products_and_spreads_an_outlier():
     outlier[0, 77] = 16.0
     assert torch.equal(hadamard.rotate(outlier).abs(), torch.ones(1, 256))
     assert math.isclose(hadamard.rotate(x).norm().item(), x.norm().item(), rel_tol=1e-5)
+
+
+@on_devices(cpu=[(5, 768), (1, 256)], cuda=[(4224, 3840), (300, 10240)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_one_pass_rotates_and_quantises(device, size, dtype):
+    if device == "cuda" and fp8.supported(device):
+        pytest.skip(fp8.supported(device))
+    x = normal(*size, device=device, dtype=dtype)
+    x[0] = 0
+    codes, scales = poisoned(size, FP8, device), poisoned((size[0], 1), torch.float32, device)
+    ours = hadamard_triton.rotate_quantise_rows(x, codes, scales)
+    same_fp8(ours, fp8.quantise_rows(hadamard.rotate(x.float())))
 
 
 def test_refuses_a_width_it_cannot_cut():

@@ -156,8 +156,8 @@ def test_linear_fp8(device, size, workspace):
     x = normal(rows, columns, device=device, dtype=torch.bfloat16)
     space = poisoned((outputs * columns + 5,), FP8, device) if workspace else None
     stored = int4.expand(weight, torch.float32).double()
-    turned = hadamard.rotate(x) if weight.rotated else x
-    exact = dequantised(*fp8.quantise_rows(turned)) @ stored.T
+    quantise_rows = hadamard.rotate_quantise_rows if weight.rotated else fp8.quantise_rows
+    exact = dequantised(*quantise_rows(x)) @ stored.T
     ours = int4.linear_fp8(x, weight, workspace=space)
     allowed = 2 * error(exact.to(torch.bfloat16), exact)
     assert error(ours, exact) < (allowed if device == "cpu" else 2 * allowed)

@@ -6,7 +6,7 @@ import torch
 from zimage_turbo.kernels import (
     int4,
     int4_expand_triton,
-    int4_few_rows,
+    int4_few_rows_triton,
     int4_linear_triton,
     int4_quantise_triton,
     int4_reference,
@@ -82,9 +82,9 @@ def test_linear_in_two_terms(device, size, candidate, shape):
     plain = torch.nn.functional.linear(x, int4.expand(weight, torch.bfloat16), bias)
     out = poisoned((rows, outputs), storable(torch.bfloat16, device), device)
     parts = weight.codes, weight.groups, weight.scales
-    ours = int4_few_rows.linear(x, *parts, bias, out, candidate, **shape)
+    ours = int4_few_rows_triton.linear(x, *parts, bias, out, candidate, **shape)
     for row in range(rows):
-        assert error(ours[row], exact[row]) < 2 * error(plain[row], exact[row])
+        assert error(ours[row], exact[row]) <= 2 * error(plain[row], exact[row])  # both 0 where only the bias is left
 
 
 def test_signs_of_the_outer_levels():

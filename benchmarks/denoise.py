@@ -19,6 +19,7 @@ package = types.ModuleType("zimage_turbo")
 package.__path__ = [str(PACK)]
 sys.modules["zimage_turbo"] = package
 
+from zimage_turbo.benchmarks.conditions import conditions  # noqa: E402
 from zimage_turbo.launcher.inside import host  # noqa: E402
 
 WORDS, STEPS, REPEATS = 60, 8, 7
@@ -117,14 +118,10 @@ def milliseconds(run, repeats: int = REPEATS) -> float:
 def measure(arguments: argparse.Namespace) -> dict:
     import torch
     from comfy.ldm.lumina.model import NextDiT
-    from comfyui_version import __version__ as comfyui
 
     from zimage_turbo.engine import turbo
 
-    report = {
-        "date": time.strftime("%Y-%m-%d"), "gpu": torch.cuda.get_device_name(0), "torch": torch.__version__,
-        "comfyui": comfyui, "batch": arguments.batch, "words": WORDS, "rows": [],
-    }  # fmt: skip
+    report = {**conditions(), "batch": arguments.batch, "words": WORDS, "rows": []}
     weights = random_weights()
 
     def request(size: int, dtype) -> tuple:

@@ -5,9 +5,7 @@ Run: ZIMAGE_COMFYUI=<tree> python benchmarks/drawing.py [--count 500] [--out ben
 
 import argparse
 import json
-import platform
 import sys
-import time
 import types
 from pathlib import Path
 
@@ -16,6 +14,7 @@ package = types.ModuleType("zimage_turbo")
 package.__path__ = [str(PACK)]
 sys.modules["zimage_turbo"] = package
 
+from zimage_turbo.benchmarks.conditions import conditions  # noqa: E402
 from zimage_turbo.launcher.inside import host  # noqa: E402
 
 
@@ -32,18 +31,13 @@ def main() -> None:
 
 def measure(arguments: argparse.Namespace) -> dict:
     import torch
-    from comfyui_version import __version__ as comfyui
 
     from zimage_turbo.demo.evaluate import failures, score
     from zimage_turbo.demo.prompts import SETS
     from zimage_turbo.tests.drawing import node_draw
 
-    cuda = torch.cuda.is_available()
     report = {
-        "date": time.strftime("%Y-%m-%d"),
-        "device": torch.cuda.get_device_name(0) if cuda else platform.processor() or platform.machine(),
-        "torch": torch.__version__,
-        "comfyui": comfyui,
+        **conditions(),
         "precision": arguments.precision,
         "nfe": 8,
         "sets": {},

@@ -7,9 +7,7 @@ Run: ZIMAGE_COMFYUI=<tree> python benchmarks/precision.py [--count 200] [--out b
 
 import argparse
 import json
-import platform
 import sys
-import time
 import types
 from pathlib import Path
 
@@ -18,6 +16,7 @@ package = types.ModuleType("zimage_turbo")
 package.__path__ = [str(PACK)]
 sys.modules["zimage_turbo"] = package
 
+from zimage_turbo.benchmarks.conditions import conditions  # noqa: E402
 from zimage_turbo.launcher.inside import host  # noqa: E402
 
 REFERENCE = ("fp32", "sdpa")
@@ -38,8 +37,6 @@ def main() -> None:
 
 
 def measure(arguments: argparse.Namespace) -> dict:
-    import torch
-    from comfyui_version import __version__ as comfyui
 
     from zimage_turbo.demo.evaluate import score
     from zimage_turbo.demo.prompts import SETS
@@ -57,12 +54,8 @@ def measure(arguments: argparse.Namespace) -> dict:
 
         return kept
 
-    cuda = torch.cuda.is_available()
     report = {
-        "date": time.strftime("%Y-%m-%d"),
-        "device": torch.cuda.get_device_name(0) if cuda else platform.processor() or platform.machine(),
-        "torch": torch.__version__,
-        "comfyui": comfyui,
+        **conditions(),
         "prompts": arguments.count,
         "rows": [],
     }

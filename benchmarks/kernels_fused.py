@@ -241,30 +241,25 @@ def attention_row(name, layout, run, sets, exact, allowed) -> dict:
 
 
 def sweep() -> list[dict]:
-    """Our attention with other blocks, and the parts of its FP8 form."""
-    from kernels import attention_triton, heads_triton
+    """Our 16-bit attention with other blocks, and the parts of its FP8 form."""
+    from kernels import attention_triton, heads
 
     sets = [projections("tokens") for _ in range(SETS)]
-    exact, fp8_error = exact_attention(*sets[0]), attention.ATTENTION.backends["triton-fp8"].error
+    exact, fp8_error = exact_attention(*sets[0]), attention.ATTENTION.backends[attention.FP8].error
     rows = []
     for blocks in ATTENTION_BLOCKS:
         name = "triton {}x{} w{} s{}".format(*blocks)
         run = partial(attention_triton.attention, lengths=None, blocks=blocks)
         rows.append(attention_row(name, "tokens", run, sets, exact, EXACT))
-    coded = [(q, *heads_triton.quantise_heads(k), *heads_triton.quantise_heads(v, transposed=True)) for q, k, v in sets]
-    for blocks in ATTENTION_BLOCKS:
-        name = "fp8 alone {}x{} w{} s{}".format(*blocks)
-        run = partial(attention_triton.attention_quantised, lengths=None, blocks=blocks)
-        rows.append(attention_row(name, "tokens", run, coded, exact, fp8_error))
-    bound = torch.full((1, HEADS), 16.0, device="cuda")
+    coded = [(heads.quantise_heads(q), heads.quantise_heads(k), v) for q, k, v in sets]
+    rows.append(attention_row("fp8 of codes", "heads", attention.attention_of_codes, coded, exact, fp8_error))
     parts = {
-        "quantise k": lambda q, k, v: heads_triton.quantise_heads(k),
-        "quantise k, known bound": lambda q, k, v: heads_triton.quantise_heads(k, largest=bound),
-        "quantise v, transposed": lambda q, k, v: heads_triton.quantise_heads(v, transposed=True),
+        "quantise q or k": lambda q, k, v: heads.quantise_heads(k),
+        "quantise v, transposed": lambda q, k, v: heads.quantise_heads(v, transposed=True),
     }
     for name, run in parts.items():
         rows.append({"name": name, "ms": timed(run, sets)})
-        print(f"{name:34}{rows[-1]['ms'][1]:9.3f}", flush=True)
+        print(f"{name:38}{rows[-1]['ms'][1]:9.3f}", flush=True)
     return rows
 
 

@@ -13,7 +13,7 @@ def _quantise_rows_kernel(x_ptr, codes_ptr, scales_ptr, columns, BLOCK: tl.const
     x = tl.load(x_ptr + row * columns + column, mask=mask, other=0.0).to(tl.float32)
     scale = tl.maximum(tl.max(tl.abs(x), axis=0), 1e-12) / 448.0
     tl.store(scales_ptr + row, scale)
-    tl.store(codes_ptr + row * columns + column, (x / scale).to(codes_ptr.dtype.element_ty), mask=mask)
+    tl.store(codes_ptr + row * columns + column, (x * (1.0 / scale)).to(codes_ptr.dtype.element_ty), mask=mask)
 
 
 def quantise_rows(x, codes, scales):

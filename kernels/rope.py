@@ -5,7 +5,8 @@ All arithmetic is fp32 and rounds once, at the end.
 
 import torch
 
-from .arguments import FLOATS, check_rows, described
+from .arguments import FLOATS, FP8, FP8_MAX, check_rows, described
+from .heads import BLOCK
 from .registry import Registry, Request, lazily, no_refusal, triton_refusal
 
 QK_NORM_ROPE = Registry("qk_norm_rope")
@@ -20,41 +21,49 @@ def angles(rotations):
     return rotations[..., 0].float().reshape(rotations.shape[0], -1, *rotations.shape[-3:-1]).contiguous()
 
 
-def qk_norm_rope(qkv, q_weight, k_weight, table, eps, layout="heads", copy_v=False, out=None, backend="auto"):
+def qk_norm_rope(qkv, q_weight, k_weight, table, eps, layout="heads", quantise=False, out=None, backend="auto"):
     """q = rotate(RMSNorm(qkv[:, :, 0]) * q_weight), k likewise from 1 with k_weight, v = qkv[:, :, 2]
 
     rotate: (a, b) of channels (2i, 2i + 1) becomes (a cos - b sin, a sin + b cos), with (cos, sin) of the token and i.
 
     qkv [B, S, 3, H, D] contiguous (the joint linear's output, viewed), D even; q_weight, k_weight [D]; table
     [S, D/2, 2] or [B, S, D/2, 2] of (cos, sin), fp32, contiguous. Returns q, k, v of shape [B, H, S, D] in qkv's
-    dtype. `layout` says how q and k (and with `copy_v` v) lie in memory: "heads" is [B, H, S, D], "tokens" is
-    [B, S, H, D]; v is a view of qkv unless copied. `out`: (q, k) or with copy_v (q, k, v) of that shape, with any
-    strides but a last of 1, to be written into; views of qkv itself are allowed. Raises ValueError otherwise.
+    dtype. `layout` says how q and k lie in memory: "heads" is [B, H, S, D], "tokens" is [B, S, H, D]; v is a view of
+    qkv. With `quantise`, q and k are pairs of FP8 codes and scales as `heads` describes them; their scale is that of
+    the bound sqrt(D) max |weight|, which no normed and rotated value exceeds. `out`: q and k (their codes) of that
+    shape, with any strides but a last of 1, to be written into; views of qkv itself are allowed. Raises ValueError
+    otherwise.
     """
     _check(qkv, q_weight, k_weight, table)
     batch, tokens, _, heads, width = qkv.shape
-    number = 3 if copy_v else 2
+    dtype = FP8 if quantise else qkv.dtype
     if out is None:
         if layout not in ("heads", "tokens"):
             raise ValueError(f'layout: expected "heads" or "tokens", got {layout!r}')
         order = (batch, heads, tokens, width) if layout == "heads" else (batch, tokens, heads, width)
-        out = torch.empty((number, *order), dtype=qkv.dtype, device=qkv.device)
+        out = torch.empty((2, *order), dtype=dtype, device=qkv.device)
         out = tuple(out if layout == "heads" else out.transpose(2, 3))
-    _check_out(out, number, qkv)
-    QK_NORM_ROPE.choose(backend, Request(qkv.device)).function(qkv, q_weight, k_weight, table, eps, out)
-    return out if copy_v else (*out, qkv[:, :, 2].transpose(1, 2))
+    _check_out(out, qkv, dtype)
+    scales = torch.empty(2, dtype=torch.float32, device=qkv.device) if quantise else None
+    chosen = QK_NORM_ROPE.choose(backend, Request(qkv.device, quantise))
+    chosen.function(qkv, q_weight, k_weight, table, eps, out, scales)
+    if quantise:
+        scales = scales[:, None, None, None].expand(2, batch, heads, -(-tokens // BLOCK))
+        out = tuple(zip(out, scales, strict=True))
+    return (*out, qkv[:, :, 2].transpose(1, 2))
 
 
-def qk_norm_rope_reference(qkv, q_weight, k_weight, table, eps, out):
+def qk_norm_rope_reference(qkv, q_weight, k_weight, table, eps, out, scales):
     cos, sin = table[..., None, :, :].unbind(-1)
     for part, weight in enumerate((q_weight, k_weight)):
         x = qkv[:, :, part].float()
         x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight.float()
         a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
         rotated = torch.stack((a * cos - b * sin, a * sin + b * cos), -1).flatten(-2)
+        if scales is not None:
+            scales[part] = weight.float().abs().amax().clamp(min=1e-12) * len(weight) ** 0.5 / FP8_MAX
+            rotated = (rotated / scales[part]).clamp(-FP8_MAX, FP8_MAX)
         out[part].copy_(rotated.transpose(1, 2))
-    if len(out) == 3:
-        out[2].copy_(qkv[:, :, 2].transpose(1, 2))
 
 
 def _check(qkv, q_weight, k_weight, table):
@@ -68,17 +77,15 @@ def _check(qkv, q_weight, k_weight, table):
     check_rows(table, "table", one if table.ndim == 3 else (batch, *one), like=qkv, dtypes=(torch.float32,))
 
 
-def _check_out(out, number, qkv):
+def _check_out(out, qkv, dtype):
     batch, tokens, _, heads, width = qkv.shape
     shape = (batch, heads, tokens, width)
     for tensor in out:
-        same = tensor.shape == shape and tensor.dtype == qkv.dtype and tensor.device == qkv.device
+        same = tensor.shape == shape and tensor.dtype == dtype and tensor.device == qkv.device
         if not same or tensor.stride(-1) != 1:
-            raise ValueError(
-                f"out: expected {list(shape)} of qkv's dtype and device, last stride 1, got {described(tensor)}"
-            )
-    if len(out) != number:
-        raise ValueError(f"out: expected {number} tensors (q, k and with copy_v v), got {len(out)}")
+            raise ValueError(f"out: expected {list(shape)} of {dtype} on {qkv.device}, got {described(tensor)}")
+    if len(out) != 2:
+        raise ValueError(f"out: expected 2 tensors (q, k), got {len(out)}")
 
 
 QK_NORM_ROPE.register("triton", lazily("rope_triton", "qk_norm_rope"), triton_refusal)

@@ -37,9 +37,9 @@ def _silu_mul_kernel(
             largest = tl.maximum(largest, tl.max(tl.abs(tail), axis=0))
         row_scale = largest / 448.0
         tl.store(row_scale_ptr + row, row_scale)
-        head = head / row_scale  # the conversion saturates and keeps NaN
+        head = head * (1.0 / row_scale)  # the conversion saturates and keeps NaN
         if TAIL:
-            tail = tail / row_scale
+            tail = tail * (1.0 / row_scale)
     tl.store(out_ptr + column, head.to(out_ptr.dtype.element_ty), mask=column < width)
     if TAIL:
         tl.store(out_ptr + tail_column, tail.to(out_ptr.dtype.element_ty), mask=tail_column < width)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from zimage_turbo.kernels import rope, rope_triton
-from zimage_turbo.tests.unit.kernels.accuracy import error, normal, on_devices, poisoned, storable
+from zimage_turbo.tests.unit.kernels.accuracy import error, normal, on_devices, poisoned, same_fp8, storable
 
 EPS = 1e-5
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -45,33 +45,49 @@ def test_qk_norm_rope(device, size, dtype, per_image):
     batch, tokens, heads, width = size
     given = arguments(size, device, dtype, per_image)
     out = [poisoned((batch, heads, tokens, width), storable(dtype, device), device) for _ in range(2)]
-    rope_triton.qk_norm_rope(*given, EPS, out)
+    rope_triton.qk_norm_rope(*given, EPS, out, None)
     check(*out, *given)
     check(*rope.qk_norm_rope(*given, EPS, backend="torch")[:2], *given)
 
 
 @sizes
-@pytest.mark.parametrize("dtype", [torch.float16], ids=["fp16"])
-def test_any_layout_and_a_copy_of_v(device, size, dtype):
-    """q in heads' order, k in tokens' order, v in a wider buffer."""
+def test_any_layout(device, size):
+    """q in heads' order, k in tokens' order inside a wider buffer."""
     batch, tokens, heads, width = size
-    given = arguments(size, device, dtype)
-    q = poisoned((batch, heads, tokens, width), dtype, device)
-    k = poisoned((batch, tokens, heads, width), dtype, device).transpose(1, 2)
-    wide = poisoned((batch, heads, tokens + 1, width), dtype, device)
-    rope_triton.qk_norm_rope(*given, EPS, (q, k, wide[:, :, :-1]))
+    given = arguments(size, device, torch.float16)
+    q = poisoned((batch, heads, tokens, width), torch.float16, device)
+    wide = poisoned((batch, tokens + 1, heads, width), torch.float16, device)
+    k = wide[:, :-1].transpose(1, 2)
+    rope_triton.qk_norm_rope(*given, EPS, (q, k), None)
     check(q, k, *given)
-    assert torch.equal(wide[:, :, :-1], given[0][:, :, 2].transpose(1, 2))
-    assert torch.isnan(wide[:, :, -1]).all()
+    assert torch.isnan(wide[:, -1]).all()
 
 
 @sizes
 def test_in_place(device, size):
     given = arguments(size, device, torch.float32)
     qkv = given[0].clone()
-    rope_triton.qk_norm_rope(qkv, *given[1:], EPS, (qkv[:, :, 0].transpose(1, 2), qkv[:, :, 1].transpose(1, 2)))
+    rope_triton.qk_norm_rope(qkv, *given[1:], EPS, (qkv[:, :, 0].transpose(1, 2), qkv[:, :, 1].transpose(1, 2)), None)
     check(qkv[:, :, 0].transpose(1, 2), qkv[:, :, 1].transpose(1, 2), *given)
     assert torch.equal(qkv[:, :, 2], given[0][:, :, 2])
+
+
+@sizes
+def test_fp8_codes(device, size):
+    """The scale is that of a bound which holds for any input."""
+    batch, tokens, heads, width = size
+    given = arguments(size, device, torch.float16)
+    given[0][:, :, :, :, 0] *= 1000  # nearly all of a head in one channel: as large as a value can become
+    expected = rope.qk_norm_rope(*given, EPS, quantise=True, backend="torch")
+    out = [poisoned((batch, heads, tokens, width), torch.float8_e4m3fn, device) for _ in range(2)]
+    scales = poisoned((2,), torch.float32, device)
+    rope_triton.qk_norm_rope(*given, EPS, out, scales)
+    exact = rope.qk_norm_rope(*(part.float() for part in given), EPS, backend="torch")
+    for codes, scale, (reference, its_scales), rotated in zip(out, scales, expected, exact, strict=False):
+        assert its_scales.shape == (batch, heads, -(-tokens // 64)) and (its_scales - scale).abs().max() <= 1e-6 * scale
+        same_fp8((codes, scale), (reference, its_scales[0, 0, 0]))
+        assert (rotated.abs() <= 448 * scale).all()
+        assert error(reference.float() * scale, rotated) <= 2**-4  # half a unit of 3 bits: here most values are alike
 
 
 def test_layouts_of_the_public_op():
@@ -79,10 +95,9 @@ def test_layouts_of_the_public_op():
     q, k, v = rope.qk_norm_rope(*given, EPS)
     assert q.is_contiguous() and k.is_contiguous() and q.shape == v.shape == (2, 5, 3, 64)
     assert v.data_ptr() == given[0][:, :, 2].data_ptr()
-    by_tokens = rope.qk_norm_rope(*given, EPS, layout="tokens", copy_v=True)
+    by_tokens = rope.qk_norm_rope(*given, EPS, layout="tokens")
     assert all(torch.equal(*pair) for pair in zip(by_tokens, (q, k, v), strict=True))
-    assert all(tensor.transpose(1, 2).is_contiguous() for tensor in by_tokens)
-    assert by_tokens[2].data_ptr() != v.data_ptr()
+    assert all(tensor.transpose(1, 2).is_contiguous() for tensor in by_tokens[:2])
 
 
 @pytest.mark.parametrize("movedim", [False, True])

@@ -1,0 +1,109 @@
+"""Attention with FP8 operands in Triton: both products on FP8 tensor cores, the softmax between them exact in fp32.
+
+One program holds a block of queries of a head and goes over the keys a block at a time. Three programs share a
+multiprocessor of Hopper, so that one's softmax runs beside another's products. Arguments as `attention` has checked
+them; what lies beyond `lengths` must be finite.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from .heads import BLOCK, quantise_heads
+from .heads_triton import in_token_order
+
+SHIFT = 8.0  # weights times 2^8: FP8 (up to 448, down to 2^-9) then keeps them down to 2^-17 of the largest
+
+
+@triton.jit
+def _attend(
+    total, peak, values, q, k, v, scale, v_scale, attended,
+    MASKED: tl.constexpr, SHIFT: tl.constexpr, COMPUTE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """A block of keys. The scale of its values, 2^lift, is part of the exponent: `peak` bounds weight times scale."""
+    scores = tl.dot(q, k.to(COMPUTE).T, input_precision="ieee")
+    if MASKED:
+        scores = tl.where(attended[None, :], scores, float("-inf"))
+    lift = ((v_scale.to(tl.int32, bitcast=True) >> 23) - 127).to(tl.float32)
+    new_peak = tl.maximum(peak, tl.max(scores, axis=1) * scale + lift)
+    weights = tl.exp2(scores * scale[:, None] - (new_peak - lift - SHIFT)[:, None])
+    fade = tl.exp2(peak - new_peak)
+    total = total * fade + tl.sum(weights, axis=1) * tl.exp2(-lift)
+    weights = in_token_order(weights.to(COMPUTE), BLOCK, BLOCK)
+    values = tl.dot(weights, v.to(COMPUTE).T, values * fade[:, None], input_precision="ieee")
+    return total, new_peak, values
+
+
+@triton.jit
+def _attention_kernel(
+    q_ptr, k_desc, v_desc, out_ptr, q_scale_ptr, k_scale_ptr, v_scale_ptr, lengths_ptr, scale, heads, tokens, keys,
+    q_batch, q_head, q_token, q_scale_head, q_scale_block, k_scale_head, k_scale_block,
+    out_batch, out_head, out_token,
+    LENGTHS: tl.constexpr, SHIFT: tl.constexpr, COMPUTE: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    block, plane = tl.program_id(0), tl.program_id(1)
+    batch, head = plane.to(tl.int64) // heads, plane.to(tl.int64) % heads
+    query, channel = block * BLOCK + tl.arange(0, BLOCK), tl.arange(0, WIDTH)
+    mask = (query < tokens)[:, None]
+    q_tile = q_ptr + batch * q_batch + head * q_head + query[:, None].to(tl.int64) * q_token + channel[None, :]
+    q = tl.load(q_tile, mask=mask, other=0.0).to(COMPUTE)
+    scale = scale * tl.load(q_scale_ptr + plane * q_scale_head + block * q_scale_block)
+    k_scale_ptr += plane * k_scale_head
+    v_scale_ptr += plane * tl.cdiv(keys, BLOCK)
+    length = keys
+    if LENGTHS:
+        length = tl.load(lengths_ptr + batch).to(tl.int32)
+
+    total = tl.zeros([BLOCK], tl.float32)
+    peak = tl.full([BLOCK], float("-inf"), tl.float32)
+    values = tl.zeros([BLOCK, WIDTH], tl.float32)
+    whole, blocks = length // BLOCK, tl.cdiv(keys, BLOCK)
+    # Scales are read a block ahead and carried: as part of the loop's pipeline they would cost a barrier a block.
+    k_scale, v_scale = tl.load(k_scale_ptr), tl.load(v_scale_ptr)
+    for i in range(0, whole):
+        row_scale = tl.zeros([BLOCK], tl.float32) + scale * k_scale
+        total, peak, values = _attend(
+            total, peak, values, q, k_desc.load([plane * keys + i * BLOCK, 0]), v_desc.load([plane * WIDTH, i * BLOCK]),
+            row_scale, v_scale, None, MASKED=False, SHIFT=SHIFT, COMPUTE=COMPUTE, BLOCK=BLOCK,
+        )  # fmt: skip
+        ahead = tl.minimum(i + 1, blocks - 1)
+        k_scale, v_scale = tl.load(k_scale_ptr + ahead * k_scale_block), tl.load(v_scale_ptr + ahead)
+    if whole * BLOCK < length:
+        row_scale = tl.zeros([BLOCK], tl.float32) + scale * k_scale
+        attended = whole * BLOCK + tl.arange(0, BLOCK) < length
+        k, v = k_desc.load([plane * keys + whole * BLOCK, 0]), v_desc.load([plane * WIDTH, whole * BLOCK])
+        total, peak, values = _attend(
+            total, peak, values, q, k, v, row_scale, v_scale, attended,
+            MASKED=True, SHIFT=SHIFT, COMPUTE=COMPUTE, BLOCK=BLOCK,
+        )  # fmt: skip
+
+    values = values / tl.where(total > 0, total, 1.0)[:, None]
+    out_tile = out_ptr + batch * out_batch + head * out_head + query[:, None].to(tl.int64) * out_token
+    tl.store(out_tile + channel[None, :], values.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+def attention(q, k, v, lengths):
+    """softmax(q kᵀ / sqrt(D)) v of 16-bit q, k, v."""
+    return attention_of_codes(quantise_heads(q), quantise_heads(k), v, lengths)
+
+
+def attention_of_codes(q, k, v, lengths, out=None):
+    """The same of q and k as `heads` describes them, k's codes contiguous, and of v in 16 bit."""
+    (q, q_scales), (k, k_scales), (v_codes, v_scales) = q, k, quantise_heads(v, transposed=True)
+    batch, heads, tokens, width = q.shape
+    keys, padded = k.shape[2], v_codes.shape[3]
+    if out is None:
+        out = torch.empty((batch, tokens, heads, width), dtype=v.dtype, device=q.device).transpose(1, 2)
+    # the interpreter rounds FP8 wrongly: there all arithmetic is in fp32
+    compute = tl.float8e4nv if q.is_cuda else tl.float32
+    with torch.cuda.device_of(q):
+        _attention_kernel[(triton.cdiv(tokens, BLOCK), batch * heads)](
+            q, TensorDescriptor(k, [batch * heads * keys, width], [width, 1], [BLOCK, width]),
+            TensorDescriptor(v_codes, [batch * heads * width, padded], [padded, 1], [width, BLOCK]),
+            out, q_scales, k_scales, v_scales, lengths, width**-0.5 * 1.4426950408889634, heads, tokens, keys,
+            *q.stride()[:3], *q_scales.stride()[1:], *k_scales.stride()[1:], *out.stride()[:3],
+            LENGTHS=lengths is not None, SHIFT=SHIFT, COMPUTE=compute, BLOCK=BLOCK, WIDTH=width,
+            num_warps=4, num_stages=3,
+        )  # fmt: skip
+    return out

@@ -7,6 +7,7 @@ fp16 ends at 65504, which Z-Image exceeds: there the residual stream is held in 
 of each half of a block is scaled by a power of two, which the norm behind it undoes exactly.
 """
 
+import functools
 from dataclasses import dataclass
 
 import comfy.model_management
@@ -17,6 +18,7 @@ from ..kernels import attention, norm, rope, swiglu
 from ..kernels.arguments import FLOATS
 from ..kernels.registry import installed
 from . import layouts
+from .residency import replaced
 
 KNOWN_ARGUMENTS = {"control", "clip_text_pooled"}  # pooled text: Z-Image has no use for it
 FOREIGN_OPTIONS = ("patches", "patches_replace", "rope_options", "optimized_attention_override")
@@ -168,8 +170,12 @@ def add(x, h, factor, post_norm, gate, next_norm, scale, next_linear) -> tuple[t
 def attend(module: JointAttention, y: Rows, table: torch.Tensor, compute: Compute) -> torch.Tensor:
     """The attention half of a block between its norms: [B, S, D], times compute.factor."""
     qkv = project(module.qkv, y).unflatten(-1, (3, module.n_local_heads, -1))
-    q, k, v = rope.qk_norm_rope(qkv, module.q_norm.weight, module.k_norm.weight, table, QK_EPS, layout="tokens")
-    h = attention.attention(q, k, v, backend=compute.attention).transpose(1, 2).flatten(2)
+    normed = functools.partial(rope.qk_norm_rope, qkv, module.q_norm.weight, module.k_norm.weight, table, QK_EPS)
+    if compute.attention == attention.FP8:
+        h = attention.attention_of_codes(*normed(quantise=True))
+    else:
+        h = attention.attention(*normed(layout="tokens"), backend=compute.attention)
+    h = h.transpose(1, 2).flatten(2)
     return module.out(h if compute.factor == 1.0 else h * compute.factor)
 
 
@@ -179,11 +185,6 @@ def feed_forward(module: FeedForward, y: Rows, factor: float) -> torch.Tensor:
     shape, quantise = gate.shape, takes_rows(module.w2)
     h = swiglu.silu_mul(gate.flatten(0, 1), value.flatten(0, 1), quantise, factor)
     return project(module.w2, (h[0].view(shape), h[1]) if quantise else h.view(shape))
-
-
-def replaced(layer: torch.nn.Module) -> bool:
-    """Whether a layer's forward is not its class's: a bypass LoRA puts its own there, and the bound method back."""
-    return getattr(layer.forward, "__func__", None) is not type(layer).forward
 
 
 def takes_rows(linear: torch.nn.Module) -> bool:

@@ -32,11 +32,12 @@ class Captured:
 
 
 class Graphs:
-    """At most `limit` graphs, the least recently used given up first."""
+    """At most `limit` graphs, the least recently used given up first; `warm_up` evaluations come before a capture."""
 
-    def __init__(self, limit: int):
+    def __init__(self, limit: int, warm_up: int = WARM_UP):
+        self.warm_up = warm_up
         self.captured, self.seen, self.refused = Recent(limit), Counter(), set()
-        self.pool, self.state = None, None
+        self.pool, self.stream, self.state = None, None, None
 
     def clear(self) -> None:
         """Free the graphs and their memory."""
@@ -58,7 +59,7 @@ class Graphs:
             self.state = state
         key = tuple((tensor.shape, tensor.dtype, tensor.device) for tensor in inputs)
         self.seen[key] += 1
-        if key in self.refused or self.seen[key] <= WARM_UP:
+        if key in self.refused or self.seen[key] <= self.warm_up:
             return None
         try:
             captured = self.captured.get(key, lambda: self.capture(function, inputs))
@@ -80,9 +81,11 @@ class Graphs:
             if self.pool is None:
                 self.pool = torch.cuda.graph_pool_handle()
             graph = torch.cuda.CUDAGraph()
-            # A stream of our own: torch's default one belongs to the first device that captured.
+            # A stream of our own: torch's default one belongs to the first device that captured. The same for all our
+            # graphs: cuBLAS keeps a workspace, 32 MB on Hopper, for every stream that it was ever called on.
+            if self.stream is None or self.stream.device != inputs[0].device:
+                self.stream = torch.cuda.Stream()
             # thread_local: other threads of the host may call CUDA meanwhile.
-            stream = torch.cuda.Stream()
-            with torch.cuda.graph(graph, pool=self.pool, stream=stream, capture_error_mode="thread_local"):
+            with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
                 output = function(*held)
         return Captured(graph, held, output)

@@ -17,12 +17,12 @@ from ..kernels.attention import ATTENTION, AttentionRequest
 from . import formats, layouts, quantiser, turbo
 from .checkpoint import Checkpoint, StateDict, shapes_of
 from .operations import operations
+from .residency import fits
 
 OFFICIAL_FILE = "z_image_turbo_bf16.safetensors"
 FULL_WIDTH = 3840
 LATENT_SCALE = 8
 HEAD_AXES = [32, 48, 48]
-WORKING_MEMORY = 4 * 2**30
 OFFICIAL_SAMPLE_SIZE = 128  # in latent pixels, as diffusers counts
 PREVIEW_COLOURS = ("latent_rgb_factors", "latent_rgb_factors_bias")
 SIGNATURE = (
@@ -35,7 +35,6 @@ SIGNATURE = (
 )
 NATIVE_SIZE = "native_size"
 FLOATS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-HELD = (torch.float64, *FLOATS.values())  # types of weights that take on the type they are held in
 PRECISIONS = ("auto", *FLOATS, *quantiser.FORMS)
 ATTENTIONS = ("auto", *ATTENTION.backends)
 
@@ -110,20 +109,6 @@ def check_attention(name: str, device: torch.device, dtype: torch.dtype) -> None
         raise ValueError(
             f"attention '{name}' cannot be used on {device}: it {reasons[name]}. Choose 'auto' or: {able}."
         )
-
-
-def fits(weights: StateDict, dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether all weights, held in `dtype` where they are not quantised, can stay on the GPU.
-
-    That is beside what a 1024x1024 picture and the VAE take. Such a model is given to the host's plain patcher: its
-    dynamic one maps weights in when they are used, and a CUDA graph needs them where they were.
-    """
-    if device.type != "cuda":
-        return False
-    sizes = (
-        weight.numel() * (dtype.itemsize if weight.dtype in HELD else weight.itemsize) for weight in weights.values()
-    )
-    return sum(sizes) + WORKING_MEMORY <= torch.cuda.get_device_properties(device).total_memory
 
 
 def _compute(precision: str, device: torch.device) -> str:

@@ -18,13 +18,17 @@ from .operations import MARKER, mark
 
 # Modulation, embedders, norms and the final layer are small and sensitive: they keep their 16 bits.
 BLOCK_LINEAR = re.compile(r"(\w+_refiner|layers)\.\d+\.(attention\.(qkv|out)|feed_forward\.w[123])\.weight")
+# The text encoder's too; its embedding table is looked up, not multiplied with.
+TEXT_LINEAR = re.compile(r"model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)\.weight")
 FORMS = {"fp8": layouts.FP8, "int4": layouts.INT4, "int4-fp8": layouts.INT4}
 WORKSPACE = 2**30  # bytes that quantising one weight takes at most
 SOURCE = "zimage_source"  # metadata of a cache file: what it was made from
 
 
-def quantised(checkpoint: Checkpoint, precision: str, device: torch.device) -> Checkpoint:
-    """The block's linear weights in the form of a precision (FORMS), the others as they are; results on the CPU.
+def quantised(
+    checkpoint: Checkpoint, precision: str, device: torch.device, linears: re.Pattern = BLOCK_LINEAR
+) -> Checkpoint:
+    """The weights named by `linears` in the form of a precision (FORMS), the others as they are; results on the CPU.
 
     Weights in another quantised format are multiplied out first. Raises CheckpointError.
     """
@@ -32,7 +36,7 @@ def quantised(checkpoint: Checkpoint, precision: str, device: torch.device) -> C
     checkpoint = formats.expanded(checkpoint, torch.bfloat16)
     if device.type == "cuda":
         management.free_memory(WORKSPACE, device)
-    names = [name for name in checkpoint.weights if BLOCK_LINEAR.fullmatch(name)]
+    names = [name for name in checkpoint.weights if linears.fullmatch(name)]
     weights, start, progress = dict(checkpoint.weights), time.monotonic(), comfy.utils.ProgressBar(len(names))
     logging.info("Z-Image-Turbo: quantising %d weights to %s on %s.", len(names), form, device)
     for name in names:

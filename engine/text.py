@@ -2,10 +2,11 @@
 
 import logging
 import unicodedata
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from numbers import Real
 from pathlib import Path
 
+import comfy.model_management as management
 import comfy.ops
 import comfy.sd
 import comfy.supported_models_base
@@ -15,17 +16,21 @@ import comfy.text_encoders.z_image as z_image
 import comfy.utils
 import torch
 from comfy import sd1_clip
+from comfy.patcher_extension import CallbacksMP
 from transformers import Qwen2Tokenizer
 
-from . import formats
+from . import encoder, formats, layouts, quantiser, qwen
 from .checkpoint import Checkpoint, read_json, shapes_of
+from .operations import operations
 from .recent import Recent
+from .residency import fits, held
 
 FULL_WIDTH = 2560
 RECOMMENDED_TOKENS = 512
 EMBEDDINGS = "zimage_embeddings"  # attachment of our CLIP: the last prompts' conditioning
 KEPT_PROMPTS = 32  # of at most 15 MB each, usually below 1 MB
 MAX_TOKENS = 1504  # the model's first RoPE axis has 1536 places: the padded caption, then the image
+QUANTISED = ("int4", "int4-fp8")  # precisions that hold the text encoder in INT4; fp8 would gain it little
 _CONFIG = {
     "vocab_size": int,
     "hidden_size": int,
@@ -42,39 +47,86 @@ def load_text_encoder(
     path: Path,
     device: torch.device | None = None,
     embedding_directory: list[str] | None = None,
+    precision: str = "auto",
+    cache: bool = False,
     disable_dynamic: bool = False,
 ):
     """A CLIP from a Qwen3-4B weight file or a diffusers ``text_encoder`` folder (with ``tokenizer`` beside it).
 
-    device: where it computes; None is the host's choice. Raises CheckpointError.
+    device: where it computes; None is the host's choice. precision: that of the diffusion model. The INT4 ones, which
+    are chosen to save memory, hold this model's projections in INT4 too; others hold it as the file does, on a GPU that
+    has bf16 in that at most. Products are computed in bf16 where the device has it, but not with 'fp32'. cache: keep
+    the quantised form beside the file. Raises CheckpointError.
     """
-    checkpoint = Checkpoint.read(path)
-    weights, metadata = comfy.utils.convert_old_quants(dict(checkpoint.weights), "", metadata=checkpoint.metadata)
-    checkpoint = checkpoint.replaced(weights, metadata)
+    load_device = device or management.text_encoder_device()
+    dtype = torch.float32 if precision == "fp32" else qwen.compute_type(load_device)
+    layouts.register()
+    cached = quantiser.read_cache(path, precision) if precision in QUANTISED else None
+    checkpoint = _converted(cached or Checkpoint.read(path))
     sizes = _sizes(checkpoint)
     formats.check_quantised(checkpoint)
-    checkpoint.require(shapes_of(llama.Qwen3_4B(sizes, torch.float32, "meta", comfy.ops.disable_weight_init)))
-    if formats.is_quantised(checkpoint) and formats.storage_only(checkpoint):
-        # The host computes text in fp32: rounding the products to a shorter type would gain nothing.
-        weights = formats.expanded(checkpoint, torch.float32).weights
-        checkpoint = checkpoint.replaced({name: value.float() for name, value in weights.items()})
-    options = {}
-    if device is not None:
-        options = {"load_device": device, "offload_device": torch.device("cpu")}
+    names = shapes_of(llama.Qwen3_4B(sizes, torch.float32, "meta", comfy.ops.disable_weight_init))
+    checkpoint.require(names)
+    if precision in QUANTISED and not formats.is_ours(checkpoint):
+        checkpoint = quantiser.quantised(checkpoint, precision, load_device, quantiser.TEXT_LINEAR)
+        if cache:
+            quantiser.write_cache(checkpoint, path, precision)
+    elif precision not in QUANTISED and formats.storage_only(checkpoint):
+        checkpoint = _in_type(formats.expanded(checkpoint, dtype), dtype, names)
+    if dtype == torch.bfloat16:
+        checkpoint = _in_type(checkpoint, dtype, names)
+    # The host's own offload device is the main GPU under --gpu-only: wrong for a model placed elsewhere.
+    options = {"load_device": load_device} | ({} if device is None else {"offload_device": torch.device("cpu")})
+    clip = _build(path, checkpoint, sizes, dtype, options, embedding_directory, disable_dynamic)
+    encoder.adopt(clip.cond_stage_model.qwen3_4b, dtype)
+    clip.patcher.add_callback(CallbacksMP.ON_DETACH, encoder.free_memory)
+    clip.patcher.cached_patcher_init = (_load_patcher, (path, device, embedding_directory, precision, cache))
+    clip.patcher.set_attachments(EMBEDDINGS, Recent(KEPT_PROMPTS))
+    return clip
+
+
+def _converted(checkpoint: Checkpoint) -> Checkpoint:
+    """With older quantised files in the host's present format."""
+    weights, metadata = comfy.utils.convert_old_quants(dict(checkpoint.weights), "", metadata=checkpoint.metadata)
+    return checkpoint.replaced(weights, metadata)
+
+
+def _build(
+    path: Path,
+    checkpoint: Checkpoint,
+    sizes: dict,
+    dtype: torch.dtype,
+    options: dict,
+    embedding_directory,
+    disable_dynamic,
+):
+    """The host's CLIP that holds these weights. sizes: see `_sizes`; dtype: what products are computed in."""
+    ours = formats.is_ours(checkpoint)
+    if ours:
+        options["custom_operations"] = operations(dtype, layouts.COMPUTE_16)
+        options["initial_device"] = torch.device("cpu")  # it is loaded when the lines below have been heard
+    resident = disable_dynamic or fits(checkpoint.weights, dtype, options["load_device"])
     if sizes:
         options["qwen3_4b_model_config"] = sizes
-        clip = _small_clip(path.parent, checkpoint, options, embedding_directory, disable_dynamic)
+        clip = _small_clip(path.parent, checkpoint, options, embedding_directory, resident)
     else:
         clip = comfy.sd.load_text_encoder_state_dicts(
             [dict(checkpoint.weights)],
             embedding_directory=embedding_directory,
             clip_type=comfy.sd.CLIPType.LUMINA2,
             model_options=options,
-            disable_dynamic=disable_dynamic,
+            disable_dynamic=resident,
         )
-    clip.patcher.cached_patcher_init = (_load_patcher, (path, device, embedding_directory))
-    clip.patcher.set_attachments(EMBEDDINGS, Recent(KEPT_PROMPTS))
+    if ours:  # the host would have all text in fp32, and multiply quantised weights out for it
+        clip.patcher.set_model_compute_dtype(dtype)
+        clip.patcher.force_cast_weights = False
     return clip
+
+
+def _in_type(checkpoint: Checkpoint, dtype: torch.dtype, names: Iterable[str]) -> Checkpoint:
+    """With those named weights that are floats in `dtype`; what belongs to quantised ones stays."""
+    taken = {name: checkpoint.weights[name].to(dtype) for name in names if held(checkpoint.weights[name])}
+    return checkpoint.replaced(dict(checkpoint.weights) | taken)
 
 
 def _sizes(checkpoint: Checkpoint) -> dict:
@@ -155,8 +207,8 @@ def _trim(states: torch.Tensor, extra: dict) -> tuple[torch.Tensor, dict]:
     return states[:, kept], extra | {"attention_mask": mask[:, kept]}
 
 
-def _load_patcher(path: Path, device, embedding_directory, disable_dynamic: bool = False):
-    return load_text_encoder(path, device, embedding_directory, disable_dynamic).patcher
+def _load_patcher(path: Path, device, embedding_directory, precision, cache, disable_dynamic: bool = False):
+    return load_text_encoder(path, device, embedding_directory, precision, cache, disable_dynamic).patcher
 
 
 def _small_clip(folder: Path, checkpoint: Checkpoint, options: dict, embedding_directory, disable_dynamic: bool):
@@ -195,9 +247,9 @@ def _small_clip(folder: Path, checkpoint: Checkpoint, options: dict, embedding_d
             self.llama_template = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
 
     weights = checkpoint.weights
-    encoder = z_image.te(**comfy.text_encoders.hunyuan_video.llama_detect(weights))
+    factory = z_image.te(**comfy.text_encoders.hunyuan_video.llama_detect(weights))
     return comfy.sd.CLIP(
-        comfy.supported_models_base.ClipTarget(TurboTokenizer, encoder),
+        comfy.supported_models_base.ClipTarget(TurboTokenizer, factory),
         embedding_directory=embedding_directory,
         parameters=comfy.utils.calculate_parameters(weights),
         state_dict=[dict(weights)],

@@ -11,14 +11,16 @@ import comfy.utils
 import torch
 from comfy.ldm.lumina.model import NextDiT
 from comfy.model_base import BaseModel
-from comfy.quant_ops import QuantizedTensor
 
-from . import forward
+from . import forward, layouts
 from .graphs import Graphs
+from .measured import attention_backend
 from .recent import Recent
+from .residency import resident_weights
 
 FAST, REPLAYED = "fast", "fast, CUDA graph"
 MAX_GRAPHS, MAX_CAPTIONS, MAX_TABLES = 4, 4, 8
+FP8_ERROR = 0.06  # of attention where products round to FP8 as well: each errs by 0.04 to 0.05
 
 
 class TurboNextDiT(NextDiT):
@@ -60,46 +62,31 @@ class TurboNextDiT(NextDiT):
         changing = any((options.get("wrappers") or {}).values()) or getattr(patcher, "current_hooks", None)
         return self.captions.get((uuids, context.shape, context.dtype), refine) if uuids and not changing else refine()
 
+    def compute(self, x: torch.Tensor) -> forward.Compute:
+        """How a latent of x's type is computed where x lies."""
+        block = self.layers[0].attention
+        allowed = FP8_ERROR if layouts.takes_rows(block.qkv.weight) else 0.0
+        return forward.Compute(
+            x.dtype, attention_backend(self.attention, x.device, x.dtype, block.n_local_heads, block.head_dim, allowed)
+        )
+
     def _fast(self, x: torch.Tensor, timesteps: torch.Tensor, caption: torch.Tensor) -> torch.Tensor:
         size = (caption.shape[1], x.shape[2] // self.patch_size, x.shape[3] // self.patch_size, x.device)
         table = self.tables.get(size, lambda: forward.rotation_table(self, *size))
         inputs = [x, timesteps, comfy.utils.repeat_to_batch_size(caption, len(x)), table]
-        denoise = functools.partial(forward.denoise, self, forward.Compute(x.dtype, self.attention))
-        weights = resident_weights(self, x.device)
+        compute = self.compute(x)
+        denoise = functools.partial(forward.denoise, self, compute)
+        weights = resident_weights([self], x.device)
         if weights is None:
             self.graphs.clear()
         else:
             management.throw_exception_if_processing_interrupted()  # a replay asks no layer
-            result = self.graphs.run(denoise, inputs, (self.attention, weights))
+            result = self.graphs.run(denoise, inputs, (compute, weights))
             if result is not None:
                 self.forwards[REPLAYED] += 1
                 return result
         self.forwards[FAST] += 1
         return denoise(*inputs)
-
-
-def resident_weights(module: torch.nn.Module, device: torch.device) -> tuple[tuple[int, ...], ...] | None:
-    """Where every weight lies, if a CUDA graph may rely on it; else None.
-
-    It may if all lie on this GPU and are used as they are, and if memory comes from torch's own allocator.
-    """
-    if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
-        return None
-    if torch.cuda.get_allocator_backend() != "native":  # graphs share a pool, which cudaMallocAsync has none of
-        return None
-    for layer in module.modules():
-        patched = getattr(layer, "weight_function", ()) or getattr(layer, "bias_function", ())
-        if patched or hasattr(layer, "_v") or forward.replaced(layer):  # hooks, dynamic VRAM, bypass LoRA
-            return None
-    weights = list(module.parameters())
-    return tuple(addresses(weight) for weight in weights) if all(w.device == device for w in weights) else None
-
-
-def addresses(weight: torch.Tensor) -> tuple[int, ...]:
-    """Where a weight lies; a quantised one lies in several places."""
-    quantised = isinstance(weight, QuantizedTensor)
-    parts = weight.layout_cls.get_plain_tensors(weight) if quantised else (weight,)
-    return tuple(part.data_ptr() for part in parts)
 
 
 def free_memory(patcher, unpatch_all: bool) -> None:

@@ -3,11 +3,14 @@
 from pathlib import Path
 
 import comfy.diffusers_convert
+import comfy.model_patcher
 import comfy.sd
 import torch
 from comfy.ldm.modules.diffusionmodules.model import Decoder, Encoder
 
+from . import decoder
 from .checkpoint import Checkpoint, StateDict, shapes_of
+from .residency import fits
 
 FULL_CHANNELS = [128, 256, 512, 512]
 LATENT_CHANNELS = 16
@@ -36,8 +39,23 @@ def load_vae(path: Path, device: torch.device | None = None):
     vae.latent_channels = LATENT_CHANNELS
     if device is not None:
         vae.patcher.offload_device = torch.device("cpu")
+    _take_over(vae)
     vae.patcher.cached_patcher_init = (_load_patcher, (path, device))
     return vae
+
+
+def _take_over(vae: comfy.sd.VAE) -> None:
+    """Our decoder in the host's place; on a GPU that has room for all weights, those stay there as they are used."""
+    module = vae.first_stage_model
+    decoder.adopt(module.decoder)
+    if decoder.device_refusal(vae.device):
+        return
+    vae.memory_used_decode = decoder.memory_used(module.decoder)
+    if fits(module.state_dict(), vae.vae_dtype, vae.device):
+        if vae.patcher.is_dynamic():  # it holds the file's types, and looks up and casts each weight at every use
+            module.to(vae.vae_dtype)
+            vae.patcher = comfy.model_patcher.ModelPatcher(module, vae.device, vae.patcher.offload_device)
+        decoder.lay_out(module.decoder)
 
 
 def _check(checkpoint: Checkpoint, widths: list[int], layers: int) -> None:

@@ -11,6 +11,7 @@ from .registry import Registry, Request, lazily, no_refusal, triton_refusal
 
 RMS_MODULATE = Registry("rms_modulate")
 RESIDUAL_RMS_MODULATE = Registry("residual_rms_modulate")
+ADD_RMS = Registry("add_rms")
 LAYER_MODULATE = Registry("layer_modulate")
 
 
@@ -79,6 +80,28 @@ def residual_rms_modulate_reference(x, h, post_weight, gate, next_weight, scale,
         rms_modulate_reference(x_out, next_weight, scale, eps, y, row_scales)
 
 
+def add_rms(x, h, weight, eps, x_out=None, out=None, backend="auto"):
+    """x' = x + h;  y = x' / sqrt(mean(x'², -1) + eps) * weight
+
+    The end of one half of a language model's block, which has no norm behind it, and the norm of the next half. x
+    [B, S, D] is the residual stream, h [B, S, D] what the half computed, both contiguous; weight [D]. Returns (x', y)
+    with x' in x's dtype and y, computed from x' as rounded, in h's. `x_out` (may be x itself) and `out` are written
+    into. Raises ValueError on other shapes, dtypes or layouts.
+    """
+    check_rows(x, "x")
+    check_rows(h, "h", x.shape, like=x)
+    check_rows(weight, "weight", x.shape[2:], like=x)
+    x_out = torch.empty_like(x) if x_out is None else check_rows(x_out, "x_out", x.shape, like=x, dtypes=(x.dtype,))
+    y, _ = outputs(x.shape, h.dtype, x.device, out)
+    ADD_RMS.choose(backend, Request(x.device)).function(x, h, weight, eps, x_out, y)
+    return x_out, y
+
+
+def add_rms_reference(x, h, weight, eps, x_out, y):
+    x_out.copy_(x.float() + h.float())
+    rms_modulate_reference(x_out, weight, None, eps, y, None)
+
+
 def layer_modulate(x, scale, eps, dtype=None, out=None, backend="auto"):
     """y = (x - mean(x, -1)) / sqrt(var(x, -1) + eps) * (1 + scale)
 
@@ -109,5 +132,7 @@ RMS_MODULATE.register("triton", lazily("norm_triton", "rms_modulate"), triton_re
 RMS_MODULATE.register("torch", rms_modulate_reference, no_refusal)
 RESIDUAL_RMS_MODULATE.register("triton", lazily("norm_triton", "residual_rms_modulate"), triton_refusal)
 RESIDUAL_RMS_MODULATE.register("torch", residual_rms_modulate_reference, no_refusal)
+ADD_RMS.register("triton", lazily("norm_triton", "add_rms"), triton_refusal)
+ADD_RMS.register("torch", add_rms_reference, no_refusal)
 LAYER_MODULATE.register("triton", lazily("norm_triton", "layer_modulate"), triton_refusal)
 LAYER_MODULATE.register("torch", layer_modulate_reference, no_refusal)

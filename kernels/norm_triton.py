@@ -10,7 +10,7 @@ def _write_row(values, mask, out_ptr, row_scale_ptr, row, offset, QUANTISE: tl.c
     if QUANTISE:
         row_scale = tl.maximum(tl.max(tl.abs(values), axis=0), 1e-12) / 448.0
         tl.store(row_scale_ptr + row, row_scale)
-        values = values / row_scale  # the conversion saturates and keeps NaN
+        values = values * (1.0 / row_scale)  # the conversion saturates and keeps NaN
     tl.store(out_ptr + offset, values.to(out_ptr.dtype.element_ty), mask=mask)
 
 
@@ -63,6 +63,20 @@ def _residual_rms_modulate_kernel(
         _write_row(y, mask, out_ptr, row_scale_ptr, row, offset, QUANTISE)
 
 
+@triton.jit
+def _add_rms_kernel(x_ptr, h_ptr, weight_ptr, x_out_ptr, out_ptr, width, eps, BLOCK: tl.constexpr):
+    column = tl.arange(0, BLOCK)
+    mask = column < width
+    offset = tl.program_id(0).to(tl.int64) * width + column
+    weight = tl.load(weight_ptr + column, mask=mask, other=0.0).to(tl.float32)  # before the sum waits for the row
+    x = tl.load(x_ptr + offset, mask=mask, other=0.0).to(tl.float32)
+    rounded = (x + tl.load(h_ptr + offset, mask=mask, other=0.0).to(tl.float32)).to(x_out_ptr.dtype.element_ty)
+    tl.store(x_out_ptr + offset, rounded, mask=mask)
+    y = rounded.to(tl.float32)
+    y = y * tl.rsqrt(tl.sum(y * y, axis=0) / width + eps) * weight
+    tl.store(out_ptr + offset, y.to(out_ptr.dtype.element_ty), mask=mask)
+
+
 def rms_modulate(x, weight, scale, eps, y, row_scales):
     _norm_modulate(x, weight, scale, eps, y, row_scales, centre=False)
 
@@ -92,6 +106,13 @@ def residual_rms_modulate(x, h, post_weight, gate, next_weight, scale, eps, h_sc
             GATE=gate is not None, NEXT=next_weight is not None, SCALE=scale is not None,
             QUANTISE=row_scales is not None, BLOCK=block, num_warps=warps,
         )  # fmt: skip
+
+
+def add_rms(x, h, weight, eps, x_out, y):
+    batch, tokens, width = x.shape
+    block, warps = row_blocks(width)
+    with torch.cuda.device_of(x):
+        _add_rms_kernel[(batch * tokens,)](x, h, weight, x_out, y, width, eps, BLOCK=block, num_warps=warps)
 
 
 def row_blocks(width):

@@ -44,8 +44,8 @@ class ZImageTurboLoader(io.ComfyNode):
                     default="auto",
                     tooltip="How the diffusion model is held and computed. 'auto': as stored, computed in what the "
                     "device does best. fp8: half the memory of bf16 and faster, from GeForce RTX 40 and H100 on. int4: "
-                    "under a third of the memory, on any GPU; int4-fp8: the same, computed in FP8. fp16 is for GPUs "
-                    "before Ampere. A processor computes in fp32.",
+                    "under a third of the memory, on any GPU, the text encoder too; int4-fp8: the same, computed in "
+                    "FP8. fp16 is for GPUs before Ampere. A processor computes in fp32.",
                 ),
                 io.Combo.Input(
                     "device",
@@ -60,8 +60,8 @@ class ZImageTurboLoader(io.ComfyNode):
                     default="auto",
                     optional=True,
                     advanced=True,
-                    tooltip="The attention kernel. 'auto': the best exact one that the GPU has. triton-fp8 is faster "
-                    "on some GPUs and less exact.",
+                    tooltip="The attention kernel. 'auto': the fastest on this GPU, measured once, as exact as the "
+                    "precision. triton-fp8 rounds to 8 bits, as fp8 and int4-fp8 do.",
                 ),
                 io.Boolean.Input(
                     "cache_quantised",
@@ -69,7 +69,7 @@ class ZImageTurboLoader(io.ComfyNode):
                     optional=True,
                     advanced=True,
                     tooltip="With fp8 or int4: keep the quantised weights in a file beside the original, so that the "
-                    "next start only reads it. Takes 3.5 to 6.5 GB of disk for the official model.",
+                    "next start only reads it. Takes about 6.5 GB of disk for the official models.",
                 ),
             ],
             outputs=[

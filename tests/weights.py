@@ -83,3 +83,22 @@ def small_transformer(path: Path, layers: int = 1, seed: int = 0) -> Path:
         weights[name] = torch.ones(value.shape) if gain else torch.randn(value.shape, generator=generator) * 0.05
     save_file({name: value.to(torch.bfloat16) for name, value in weights.items()}, path)
     return path
+
+
+def random_text_encoder(sizes: dict, device: str) -> dict[str, torch.Tensor]:
+    """Weights of a Qwen3-4B in bf16, 8 GB, or of one that differs by `sizes`; some channels loud as in trained models.
+
+    Gains near one, every 320th channel of the states eight times as loud; the same on every call.
+    """
+    generator, weights = torch.Generator(device).manual_seed(0), {}
+    empty = llama.Qwen3_4B(sizes, torch.bfloat16, "meta", comfy.ops.disable_weight_init)
+    for name, value in empty.state_dict().items():
+        noise = torch.randn(value.shape, device=device, dtype=torch.bfloat16, generator=generator)
+        if "norm" in name:
+            noise = 1 + 0.1 * noise
+        else:
+            noise *= 0.02
+            if name.endswith(("o_proj.weight", "down_proj.weight")):
+                noise[::320] *= 8
+        weights[name] = noise
+    return weights

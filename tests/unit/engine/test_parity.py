@@ -85,11 +85,11 @@ def test_full_size_file(models, layers, quantised, steps):
 
 def test_full_size_text_encoder(models):
     file = full_size_text_encoder(models / "text_encoders" / "strided_qwen3_4b.pt")
-    ours = text.encode(text.load_text_encoder(file), "火车 train")[0][0]
+    ours = text.encode(text.load_text_encoder(file, torch.device("cpu")), "火车 train")[0][0]
     stock = nodes.CLIPLoader().load_clip(file.name, "lumina2")[0]
     theirs = nodes.CLIPTextEncode().encode(stock, "火车 train")[0][0][0]
     assert ours.shape == theirs.shape and ours.shape[2] == text.FULL_WIDTH
-    assert torch.equal(ours, theirs)
+    assert relative_error(ours, theirs.cpu()) <= FP32_ROUNDING
 
 
 def test_models_that_do_not_fit_together_are_refused(models):

@@ -159,6 +159,33 @@ def test_fp8_rows(device, size, dtype):
 
 
 @sizes
+@dtypes
+@pytest.mark.parametrize("stream", [torch.float32, None], ids=["fp32-stream", "same"])
+def test_add_rms(device, size, dtype, stream):
+    """The sum of a residual stream in fp32 or h's own dtype, and the next norm in h's."""
+    x, h, weight, *_ = arguments(size, device, dtype)
+    x = x.to(stream or dtype)
+    exact_sum = x.double() + h.double()
+    exact = eager(exact_sum, weight.double(), None)
+    rounded = eager((x + h).to(dtype), weight, None)
+    x_out = poisoned(size, torch.float32 if device == "cpu" else x.dtype, device)
+    y = poisoned(size, storable(dtype, device), device)
+    norm_triton.add_rms(x, h, weight, EPS, x_out, y)
+    for ours in ((x_out, y), norm.add_rms(x, h, weight, EPS, backend="torch")):
+        within_twice(ours[0], x + h, exact_sum)
+        within_twice(ours[1], rounded, exact)
+
+
+@sizes
+def test_add_rms_in_place(device, size):
+    x, h, weight, *_ = arguments(size, device, torch.float32)
+    held, y = x.clone(), poisoned(size, torch.float32, device)
+    norm_triton.add_rms(held, h, weight, EPS, held, y)
+    within_twice(held, x + h, x.double() + h.double())
+    within_twice(y, eager(x + h, weight, None), eager(x.double() + h.double(), weight.double(), None))
+
+
+@sizes
 def test_nan_stays_visible_in_fp8(device, size):
     """On the CPU by the reference: the interpreter's conversion to FP8 knows no NaN."""
     x, _, weight, _, scale, _ = arguments(size, device, torch.float32)
@@ -175,6 +202,7 @@ def test_outputs_are_written_where_asked():
     before = x.clone()
     x_out, y = norm.residual_rms_modulate(x, h, post_weight, gate, next_weight, scale, EPS, x_out=x, out=out)
     assert x_out is x and y is out and not torch.equal(x, before)
+    assert norm.add_rms(x, h, next_weight, EPS, x_out=x, out=out) == (x, out)
     pair = (poisoned(x.shape, FP8, "cpu"), poisoned((6, 1), torch.float32, "cpu"))
     returned = norm.rms_modulate(x, post_weight, scale, EPS, quantise=True, out=pair)
     assert returned[0] is pair[0] and returned[1] is pair[1] and torch.isfinite(pair[1]).all()

@@ -1,0 +1,116 @@
+"""The fast forward of Qwen3 as a text encoder: the host's layers one by one, element-wise work in fused kernels.
+
+The same arithmetic as the host's own forward in other groupings, with products in `compute_type` and sums in fp32: the
+host computes all of it in fp32. Layers behind the one whose states are wanted are not run.
+"""
+
+from collections.abc import Sequence
+
+import comfy.model_management as management
+import torch
+from comfy.sd1_clip import SDClipModel
+from comfy.text_encoders.llama import MLP, Attention, Llama2_, RMSNorm, TransformerBlock
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
+
+from ..kernels import norm, swiglu
+from ..kernels.arguments import FLOATS
+from ..kernels.registry import installed
+from ..kernels.rope_half import qk_norm_rope_half
+
+# Not cuDNN's attention, which makes a plan for every length of prompt that it meets.
+ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+
+
+def compute_type(device: torch.device) -> torch.dtype:
+    """What products are computed in: bf16 where the device has it, else fp32; fp16 has too short a range."""
+    return torch.bfloat16 if management.should_use_bf16(device) else torch.float32
+
+
+def layers_wanted(encoder: SDClipModel) -> int | None:
+    """How many layers stand before the states that are wanted; None if more than one layer's states are."""
+    if encoder.layer == "last":
+        return encoder.num_layers
+    if encoder.layer != "hidden":
+        return None
+    index = encoder.layer_idx + (encoder.num_layers if encoder.layer_idx < 0 else 0)
+    return index + 1 if 0 <= index < encoder.num_layers else None
+
+
+def refusal(encoder: SDClipModel, embeds: torch.Tensor, counts: list[int], embeds_info: list[dict]) -> str | None:
+    """Why the fast forward cannot run this request; None if it can.
+
+    embeds [B, T, D], counts (unmasked tokens of each text) and embeds_info (what stands among the tokens) as the
+    host's `process_tokens` gives them.
+    """
+    if management.in_training or torch.is_grad_enabled():
+        return "gradients are wanted"
+    if torch.compiler.is_compiling():
+        return "torch.compile is tracing"
+    if embeds.is_cuda and (torch.version.hip or not installed("triton")):
+        return "this GPU has no Triton for CUDA"
+    if layers_wanted(encoder) is None:
+        return f"the states of layer {encoder.layer_idx if encoder.layer == 'hidden' else encoder.layer} are wanted"
+    if sum(counts) != embeds.shape[0] * embeds.shape[1]:
+        return "there is padding among the tokens"
+    foreign = [info["type"] for info in embeds_info if info["type"] != "embedding"]
+    if foreign:
+        return f"the text holds a {foreign[0]}"
+    return norm_refusal(encoder.norms, embeds.device)
+
+
+def norm_refusal(gains: Sequence[RMSNorm], device: torch.device) -> str | None:
+    """Why the gains of the norms, which the fused kernels read where they lie, cannot be read; None if they can."""
+    for weight in [gain.weight for gain in gains]:
+        if weight.device != device:
+            return "norms are offloaded"
+        if weight.dtype not in FLOATS:
+            return f"norms are stored as {weight.dtype}"
+    return None
+
+
+def rotation_table(model: Llama2_, tokens: int, device: torch.device) -> torch.Tensor:
+    """(cos, sin) of the host for every place, [tokens, head dim / 2, 2] in fp32."""
+    cos, sin, _ = model.compute_freqs_cis(torch.arange(tokens, device=device)[None], device)
+    return torch.stack((cos[0, 0, :, : sin.shape[-1]], sin[0, 0]), -1).float().contiguous()
+
+
+@sdpa_kernel(ATTENTION)
+def run_layers(
+    layers: Sequence[TransformerBlock], dtype: torch.dtype, x: torch.Tensor, table: torch.Tensor
+) -> torch.Tensor:
+    """x [B, T, D] fp32, which may be overwritten, through layers: [B, T, D] fp32. table: see `rotation_table`.
+
+    Each pass over x ends half a layer and begins the next.
+    """
+    first = layers[0].input_layernorm
+    y = norm.rms_modulate(x, first.weight, None, first.eps, dtype=dtype)
+    for layer, after in zip(layers, (*layers[1:], None), strict=True):
+        between = layer.post_attention_layernorm
+        x, y = norm.add_rms(x, attend(layer.self_attn, y, table), between.weight, between.eps, x_out=x)
+        h = feed_forward(layer.mlp, y)
+        if after is None:
+            return x.add_(h)
+        x, y = norm.add_rms(x, h, after.input_layernorm.weight, after.input_layernorm.eps, x_out=x)
+
+
+def attend(module: Attention, y: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+    """The attention half of a layer behind its norm: [B, T, D]. A token attends to itself and to those before it."""
+    q, k, v = (
+        linear(y).unflatten(-1, (-1, module.head_dim)) for linear in (module.q_proj, module.k_proj, module.v_proj)
+    )
+    q, k = qk_norm_rope_half(q, k, module.q_norm.weight, module.k_norm.weight, table, module.q_norm.eps)
+    q, k, v = (heads.transpose(1, 2) for heads in (q, k, v))
+    h = scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=module.num_heads != module.num_kv_heads)
+    return module.o_proj(h.transpose(1, 2).flatten(2))
+
+
+def feed_forward(module: MLP, y: torch.Tensor) -> torch.Tensor:
+    """The feed-forward half of a layer behind its norm: [B, T, D]."""
+    gate, value = module.gate_proj(y), module.up_proj(y)
+    return module.down_proj(swiglu.silu_mul(gate.flatten(0, 1), value.flatten(0, 1)).view(gate.shape))
+
+
+def last_norm(model: Llama2_, x: torch.Tensor) -> torch.Tensor:
+    """What the host does behind its last layer."""
+    return norm.rms_modulate(x.contiguous(), model.norm.weight, None, model.norm.eps)

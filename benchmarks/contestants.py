@@ -50,7 +50,8 @@ def prompt_text(number: int) -> str:
 class Contestant:
     """A ComfyUI server with options of its own and the nodes that it is asked to run.
 
-    nodes: STOCK, MIXED or OURS. precision: the loader's input, "" where the stock loaders choose.
+    nodes: STOCK, MIXED or OURS. precision: our loader's input; for STOCK "", or the host's format that the file has.
+    model: a file in diffusion_models, where it is not the official one.
     yardstick: its distance from the fp32 picture is what 16 bits cost, and the measure for others.
     """
 
@@ -60,6 +61,7 @@ class Contestant:
     options: tuple[str, ...] = ()
     needs_gpu: bool = False
     yardstick: bool = False
+    model: str = ""
 
     def graph(self, request: Request, files: Mapping[str, str]) -> Graph:
         """files: the name of the weight file in each folder of FILES; empty for the built-in demo (not STOCK)."""
@@ -75,12 +77,16 @@ def reference(demo: bool) -> Contestant:
     return Contestant(f"{STOCK}, fp32", STOCK, options=("--fp32-unet", "--fp32-text-enc", "--fp32-vae"))
 
 
-def contestants(demo: bool, precisions: list[str]) -> list[Contestant]:
-    """In the order of the run: the yardstick stands before those that it measures."""
+def contestants(demo: bool, precisions: list[str], formats: Mapping[str, str]) -> list[Contestant]:
+    """In the order of the run: the yardstick stands before those that it measures.
+
+    formats: the host's own low-bit formats that take part, each with its file in diffusion_models.
+    """
     return [
         Contestant(STOCK, STOCK, yardstick=not demo),
         Contestant(f"{STOCK}, --gpu-only", STOCK, options=("--gpu-only",), needs_gpu=True),
         *([Contestant(MIXED, MIXED, "auto", yardstick=True)] if demo else []),
+        *(Contestant(f"{STOCK}, {form}", STOCK, form, ("--gpu-only",), True, model=formats[form]) for form in formats),
         *(Contestant(f"{OURS}, {precision}", OURS, precision) for precision in precisions),
     ]
 
@@ -89,7 +95,8 @@ def _ours(request: Request, files: Mapping[str, str], precision: str) -> Graph:
     """The shipped workflow with other values in its fields."""
     graph = json.loads(SHIPPED.read_text(encoding="utf-8"))
     by_class = {node["class_type"]: node["inputs"] for node in graph.values()}
-    by_class["ZImageTurboLoader"].update(_choice(files), precision=precision)
+    kept = bool(files)  # so that a second start has something to read; the demo is quantised in no time
+    by_class["ZImageTurboLoader"].update(choice(files), precision=precision, cache_quantised=kept)
     by_class["ZImageTurboTextEncode"]["text"] = request.text
     by_class["ZImageTurboSampler"].update(
         seed=request.seed, steps=STEPS, width=request.size, height=request.size, batch_size=request.batch
@@ -97,7 +104,7 @@ def _ours(request: Request, files: Mapping[str, str], precision: str) -> Graph:
     return graph
 
 
-def _choice(files: Mapping[str, str]) -> dict[str, str]:
+def choice(files: Mapping[str, str]) -> dict[str, str]:
     """Our loader's inputs for the files, or for the demo."""
     if not files:
         return {"diffusion_model": "demo", "text_encoder": "auto", "vae": "auto"}
@@ -118,7 +125,7 @@ def _stock(request: Request, files: Mapping[str, str], loader_precision: str | N
         }
         model, clip, vae = ["1", 0], ["2", 0], ["3", 0]
     else:
-        loaders = {"1": _node("ZImageTurboLoader", **_choice(files), precision=loader_precision, device="auto")}
+        loaders = {"1": _node("ZImageTurboLoader", **choice(files), precision=loader_precision, device="auto")}
         model, clip, vae = ["1", 0], ["1", 1], ["1", 2]
     size = {"width": request.size, "height": request.size, "batch_size": request.batch}
     sampling = {"steps": STEPS, "cfg": 1.0, "sampler_name": "euler", "scheduler": "simple", "denoise": 1.0}

@@ -1,17 +1,22 @@
-"""One evaluation and eight of the full-size denoiser on one GPU: the host's forward and ours, in every precision.
+"""One evaluation and eight of the full-size denoiser on one GPU: the host's forward, diffusers' and ours.
 
 Random weights of the official shapes with loud channels: they say how fast and how exact, not how pretty. Every row
 passes a gate first: its error against the host's fp32 forward, which for 16-bit rows must be at most twice the host's
-own bf16 error. Run: ZIMAGE_COMFYUI=<tree> python benchmarks/denoise.py [--size 1024 512] [--out FILE]
+own bf16 error. A batch holds two pictures and prompts in turn, and the worst of all counts. Times are medians of as
+many runs as stand in the row, after an evaluation that is not counted.
+Run: ZIMAGE_COMFYUI=<tree> python benchmarks/denoise.py [--size 1024 512] [--batch 1] [--rivals] [--out FILE]
 """
 
 import argparse
+import dataclasses
+import functools
 import gc
+import itertools
 import json
-import statistics
 import sys
 import time
 import types
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 PACK = Path(__file__).resolve().parent.parent
@@ -19,54 +24,62 @@ package = types.ModuleType("zimage_turbo")
 package.__path__ = [str(PACK)]
 sys.modules["zimage_turbo"] = package
 
+from zimage_turbo.benchmarks import diffusers_model  # noqa: E402
 from zimage_turbo.benchmarks.conditions import conditions  # noqa: E402
+from zimage_turbo.benchmarks.timing import milliseconds, quantiles  # noqa: E402
 from zimage_turbo.launcher.inside import host  # noqa: E402
 
-WORDS, STEPS, REPEATS = 60, 8, 7
+WORDS, STEPS, DIFFERENT, LAYERS = 60, 8, 2, 30
 PRECISIONS = ("bf16", "fp16", "fp8", "int4-fp8", "int4")
+SIXTEEN_BIT = ("bf16", "fp16")
+DEVICE = "cuda"
+GIB = 2**30
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--size", type=int, nargs="+", default=[1024, 512], help="sides of square pictures, in pixels")
-    parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--precision", nargs="+", default=list(PRECISIONS), choices=PRECISIONS)
-    parser.add_argument("--out", type=Path, help="JSON file to write")
+    parser.add_argument("--batch", type=int, nargs="+", default=[1], help="pictures computed at once")
+    parser.add_argument("--precision", nargs="*", default=list(PRECISIONS), choices=PRECISIONS, help="ours")
+    parser.add_argument(
+        "--rivals", action="store_true", help="diffusers too, which compiles for a minute: first size and batch only"
+    )
+    parser.add_argument("--out", type=Path, help="JSON file, written anew after every row")
     arguments = parser.parse_args()
     host.enter(host.tree(), [])
     import torch
 
     with torch.inference_mode():
-        report = measure(arguments)
-    if arguments.out:
-        arguments.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        Benchmark(arguments.size, arguments.batch, arguments.out).run(arguments.precision, arguments.rivals)
 
 
-def random_weights() -> dict:
-    """All 30 layers in bf16 on the GPU, 12.3 GB; gains near one, every 480th column eight times as loud."""
+def random_weights() -> Iterator[tuple[str, "torch.Tensor"]]:  # noqa: F821
+    """30 layers in bf16 on the GPU, 12.3 GB, the same each time; gains near one, every 480th column 8 times as loud.
+
+    One by one, so that a quantised model never stands beside all of what it was made from.
+    """
     import comfy.ops
     import torch
     from comfy.ldm.lumina.model import NextDiT
 
     from zimage_turbo.tests.weights import FULL
 
-    torch.cuda.manual_seed(0)
-    empty = NextDiT(**FULL, n_layers=30, device="meta", dtype=torch.bfloat16, operations=comfy.ops.disable_weight_init)
-    weights = {}
+    generator = torch.Generator(DEVICE).manual_seed(0)
+    layers = comfy.ops.disable_weight_init
+    empty = NextDiT(**FULL, n_layers=LAYERS, device="meta", dtype=torch.bfloat16, operations=layers)
     for name, value in empty.state_dict().items():
-        noise = torch.randn(value.shape, device="cuda", dtype=torch.bfloat16)
+        noise = torch.randn(value.shape, device=DEVICE, dtype=torch.bfloat16, generator=generator)
         if name == "cap_embedder.0.weight" or ("norm" in name and name.endswith("weight")):
             noise = 1 + 0.1 * noise
         else:
             noise *= 0.02
             if value.ndim == 2 and value.shape[1] == FULL["dim"]:
                 noise[:, ::480] *= 8
-        weights[name] = noise
-    return weights
+        yield name, noise
 
 
-def build(weights: dict, precision: str):
-    """The denoiser in a precision, as the loader makes it; its quantisation is timed in seconds."""
+def build(precision: str):
+    """The denoiser in a precision, as the loader makes it, and the seconds that its quantisation took."""
     import comfy.ops
     import torch
     from comfy.ldm.lumina.model import NextDiT
@@ -75,103 +88,153 @@ def build(weights: dict, precision: str):
     from zimage_turbo.engine.operations import operations
     from zimage_turbo.tests.weights import FULL
 
-    started = time.perf_counter()
     dtype = model.FLOATS.get(precision, torch.bfloat16)
+    form, seconds, weights = quantiser.FORMS.get(precision), 0.0, {}
+    for name, weight in random_weights():
+        if form and quantiser.BLOCK_LINEAR.fullmatch(name):
+            torch.cuda.synchronize()
+            started = time.perf_counter()
+            weights |= quantiser.parts(name.removesuffix(".weight"), weight, form)
+            torch.cuda.synchronize()
+            seconds += time.perf_counter() - started
+        else:
+            weights[name] = weight.to(dtype)
     layers = comfy.ops.disable_weight_init
-    if precision in quantiser.FORMS:
-        compute = layouts.COMPUTE_FP8 if precision == "int4-fp8" else layouts.COMPUTE_16
-        layers = operations(dtype, compute)
-        parts = {}
-        for name, weight in weights.items():
-            if quantiser.BLOCK_LINEAR.fullmatch(name):
-                parts |= quantiser.parts(name.removesuffix(".weight"), weight, quantiser.FORMS[precision])
-            else:
-                parts[name] = weight
-        weights = parts
-    torch.cuda.synchronize()
-    seconds = time.perf_counter() - started
-    if precision not in quantiser.FORMS:
-        weights = {name: weight.to(dtype) for name, weight in weights.items()}
+    if form:
+        layers = operations(dtype, layouts.COMPUTE_FP8 if precision == "int4-fp8" else layouts.COMPUTE_16)
     # the quantising layers of the host put what is not quantised on their own device
-    device = "cuda" if precision in quantiser.FORMS else "meta"
-    module = NextDiT(**FULL, n_layers=30, device=device, dtype=dtype, operations=layers)
+    module = NextDiT(**FULL, n_layers=LAYERS, device=DEVICE if form else "meta", dtype=dtype, operations=layers)
     module.load_state_dict(weights, assign=True)
     turbo.adopt(module)
     return module, dtype, seconds
 
 
-def milliseconds(run, repeats: int = REPEATS) -> float:
-    """Median GPU time of a call."""
+def request(size: int, batch: int, dtype) -> tuple:
+    """What a forward takes: latents, times, texts and the number of words. Pictures repeat after DIFFERENT."""
     import torch
 
-    times = []
-    for _ in range(repeats + 2):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        run()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end))
-    return statistics.median(times[2:])
+    def repeated(*shape: int) -> torch.Tensor:
+        generator = torch.Generator(DEVICE).manual_seed(size)
+        distinct = torch.randn(DIFFERENT, *shape, device=DEVICE, generator=generator)
+        return distinct[torch.arange(batch, device=DEVICE) % DIFFERENT].to(dtype)
+
+    return repeated(16, size // 8, size // 8), torch.full((batch,), 0.7, device=DEVICE), repeated(WORDS, 2560), WORDS
 
 
-def measure(arguments: argparse.Namespace) -> dict:
-    import torch
-    from comfy.ldm.lumina.model import NextDiT
+@dataclasses.dataclass
+class Benchmark:
+    """Rows by size and batch: the host in fp32 and bf16, ours, then the rivals."""
 
-    from zimage_turbo.engine import turbo
+    sizes: list[int]
+    batches: list[int]
+    out: Path | None
 
-    report = {**conditions(), "batch": arguments.batch, "words": WORDS, "rows": []}
-    weights = random_weights()
+    def run(self, precisions: list[str], rivals: bool) -> None:
+        import torch
 
-    def request(size: int, dtype) -> tuple:
-        generator = torch.Generator("cuda").manual_seed(size)
-        x = torch.randn(arguments.batch, 16, size // 8, size // 8, device="cuda", generator=generator)
-        context = torch.randn(arguments.batch, WORDS, 2560, device="cuda", generator=generator)
-        return x.to(dtype), torch.full((arguments.batch,), 0.7, device="cuda"), context.to(dtype), WORDS
+        self.report = {**conditions(), "words": WORDS, "rows": []}
+        print(json.dumps(self.report), flush=True)
+        parts = [self.exact_outputs, self.host_rows]
+        parts += [functools.partial(self.our_rows, precision) for precision in precisions]
+        parts += [self.rival_rows] if rivals else []
+        for part in parts:
+            part()
+            gc.collect()  # its model
+            torch.cuda.empty_cache()
 
-    def record(name: str, size: int, output, run, exact, limit: float | None, **more) -> float:
-        error = ((output.float() - exact).norm() / exact.norm()).item()
-        held = bool(torch.isfinite(output).all()) and (limit is None or error <= limit)
-        row = {"what": name, "size": size, "error": round(error, 5), "gate": held}
-        if held:
-            row["forward_ms"] = round(milliseconds(run), 2)
-            row["denoise_ms"] = round(milliseconds(lambda: [run() for _ in range(STEPS)]), 1)
-        row |= {"reserved_gib": round(torch.cuda.memory_reserved() / 2**30, 2), **more}
-        report["rows"].append(row)
-        print(json.dumps(row), flush=True)
-        return error
+    def exact_outputs(self) -> None:
+        """By size, what the host computes in fp32 for each of the different pictures."""
+        from comfy.ldm.lumina.model import NextDiT
 
-    module, dtype, _ = build(weights, "fp32")
-    exact = {size: NextDiT._forward(module, *request(size, dtype)) for size in arguments.size}
-    del module
-    free()
-    own_error = {}
-    for precision in arguments.precision:
-        module, dtype, seconds = build(weights, precision)
-        for size in arguments.size:
-            inputs = request(size, dtype)
-            if precision == "bf16":
-                stock = lambda module=module, inputs=inputs: NextDiT._forward(module, *inputs)  # noqa: E731
-                own_error[size] = record("host bf16", size, stock(), stock, exact[size], None)
-            limit = 2 * own_error.get(size, 1.0) if precision in ("bf16", "fp16") else None
-            options = {"uuids": [f"prompt of size {size}"]}  # as samplers name their prompts
+        module, dtype, _ = build("fp32")
+        self.exact = {
+            size: [NextDiT._forward(module, *one)[0] for one in singles(request(size, DIFFERENT, dtype))]
+            for size in self.sizes
+        }
 
-            def ours(module=module, inputs=inputs, options=options):
-                return module._forward(*inputs, transformer_options=options)
+    def host_rows(self) -> None:
+        """The host in bf16: the measure of what 16 bits cost."""
+        from comfy.ldm.lumina.model import NextDiT
 
-            record(f"ours {precision}", size, ours(), ours, exact[size], limit, quantise_s=round(seconds, 2))
+        module, dtype, _ = build("bf16")
+        self.own_error = {}
+        for size, batch in itertools.product(self.sizes, self.batches):
+            stock = functools.partial(NextDiT._forward, module, *request(size, batch, dtype))
+            row = self.record("host bf16", size, batch, stock, None)
+            self.own_error[size] = max(row["error"], self.own_error.get(size, 0.0))
+
+    def our_rows(self, precision: str) -> None:
+        from zimage_turbo.engine import turbo
+
+        module, dtype, seconds = build(precision)
+        for size, batch in itertools.product(self.sizes, self.batches):
+            options = {"uuids": [f"prompt of {size} and {batch}"]}  # as samplers name their prompts
+            ours = functools.partial(module._forward, *request(size, batch, dtype), transformer_options=options)
+            limit = 2 * self.own_error[size] if precision in SIXTEEN_BIT else None
+            self.record(f"ours {precision}", size, batch, ours, limit, quantise_s=round(seconds, 2))
             assert module.forwards[turbo.REPLAYED], dict(module.forwards)
-        del module
-        free()
-    return report
+            module.graphs.clear()
+
+    def rival_rows(self) -> None:
+        """diffusers as it comes and under torch.compile, which would compile anew for every other request."""
+        import torch
+
+        if not diffusers_model.installed():
+            print("no diffusers rows: it is not installed. Install it with: python -m pip install diffusers")
+            return
+        size, batch = self.sizes[0], self.batches[0]
+        self.report["diffusers"] = diffusers_model.version()
+        module = diffusers_model.build(random_weights())
+        x, timesteps, context, _ = request(size, batch, torch.bfloat16)
+        limit = 2 * self.own_error[size]
+
+        eager = functools.partial(diffusers_model.forward, module, x, timesteps, context)
+        self.record("diffusers bf16", size, batch, eager, limit)
+        started = time.perf_counter()
+        compiled = functools.partial(
+            diffusers_model.forward, torch.compile(module, dynamic=False), x, timesteps, context
+        )
+        compiled()
+        torch.cuda.synchronize()
+        seconds = round(time.perf_counter() - started, 1)
+        self.record("diffusers bf16, torch.compile", size, batch, compiled, limit, compile_s=seconds)
+
+    def record(self, name: str, size: int, batch: int, run: Callable, limit: float | None, **more) -> dict:
+        """Gate, then times; limit: the error allowed, None for any that is finite."""
+        import torch
+
+        torch.cuda.reset_peak_memory_stats()
+        output = run()
+        error = max(distance(picture, self.exact[size][i % DIFFERENT]) for i, picture in enumerate(output))
+        held = bool(torch.isfinite(output).all()) and (limit is None or error <= limit)
+        row = {"what": name, "size": size, "batch": batch, "error": round(error, 5), "gate": held, **more}
+        if held:
+            # two calls more before anything is timed: the third of a shape is the one that captures ours
+            run(), run()
+            row |= spread("forward", milliseconds(run, most=15, seconds=0.8))
+            row |= spread("denoise", milliseconds(lambda: [run() for _ in range(STEPS)], fewest=1, seconds=4))
+        row["peak_gib"] = round(torch.cuda.max_memory_allocated() / GIB, 2)
+        self.report["rows"].append(row)
+        print(json.dumps(row), flush=True)
+        if self.out:
+            self.out.write_text(json.dumps(self.report, indent=1) + "\n", encoding="utf-8")
+        return row
 
 
-def free() -> None:
-    import torch
+def singles(inputs: tuple) -> Iterator[tuple]:
+    """The pictures of a batch as requests of their own."""
+    x, timesteps, context, words = inputs
+    for i in range(len(x)):
+        yield x[i : i + 1], timesteps[i : i + 1], context[i : i + 1], words
 
-    gc.collect()
-    torch.cuda.empty_cache()
+
+def distance(output, exact) -> float:
+    return ((output.float() - exact).norm() / exact.norm()).item()
+
+
+def spread(name: str, times: list[float]) -> dict[str, float]:
+    p20, p50, p80 = (round(value, 2) for value in quantiles(times))
+    return {f"{name}_ms": p50, f"{name}_p20_ms": p20, f"{name}_p80_ms": p80, f"{name}_runs": len(times)}
 
 
 if __name__ == "__main__":

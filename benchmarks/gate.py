@@ -10,7 +10,7 @@ import numpy as np
 
 # A 16-bit contestant may be twice as far away as the host in 16 bits, which is measured. The quantised ones have fixed
 # bounds: eight steps add up the error that a layer's rounding makes, and a picture of another prompt is far beyond.
-QUANTISED = {"fp8": 0.35, "int4-fp8": 0.5, "int4": 0.5}
+QUANTISED = {"fp8": 0.35, "int4-fp8": 0.5, "int4": 0.5, "int8": 0.35, "w4a8": 0.5}
 FACTOR = 2
 GREY_LEVEL = 1.0  # files hold whole grey levels, so one in every pixel is no error
 

@@ -1,13 +1,16 @@
-"""Pictures of what benchmarks/server.py measured: latency and throughput by contestant, memory over time.
+"""Pictures of what was measured: latency and throughput by contestant, memory over time.
 
-Run: python benchmarks/plots.py RESULT.json … [--out FOLDER]. Needs matplotlib. Writes RESULT_latency.png,
-RESULT_batch.png and RESULT_memory.png beside each result.
+Run: python benchmarks/plots.py RESULT.json … [--out FOLDER]. Needs matplotlib. Beside each result it writes, of
+server.py, RESULT_latency.png, RESULT_batch.png and RESULT_memory.png, of denoise.py RESULT_batch.png, of memory.py and
+endurance.py RESULT_memory.png.
 """
 
 import argparse
+import functools
 import importlib.util
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 WIDTH, HEIGHT, DPI = 9, 4.5, 120
@@ -15,22 +18,49 @@ WIDTH, HEIGHT, DPI = 9, 4.5, 120
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("results", type=Path, nargs="+", help="files that server.py wrote with --out")
+    parser.add_argument("results", type=Path, nargs="+", help="files that a benchmark wrote with --out")
     parser.add_argument("--out", type=Path, help="folder for the pictures; by default that of each result")
     arguments = parser.parse_args()
-    if importlib.util.find_spec("matplotlib") is None:
+    if not available():
         sys.exit("No plots: matplotlib is not installed. Install it with: python -m pip install matplotlib")
     for result in arguments.results:
-        report = json.loads(result.read_text(encoding="utf-8"))
         folder = arguments.out or result.parent
         folder.mkdir(parents=True, exist_ok=True)
-        for kind, draw in (("latency", latency), ("batch", batches), ("memory", memory)):
-            path = folder / f"{result.stem}_{kind}.png"
-            written = save(report, draw, path)
-            print(f"wrote {path}" if written else f"no {kind} plot: {result.name} holds nothing for it")
+        write(json.loads(result.read_text(encoding="utf-8")), folder / result.name)
 
 
-def save(report: dict, draw, path: Path) -> bool:
+def available() -> bool:
+    return importlib.util.find_spec("matplotlib") is not None
+
+
+def write(report: dict, result: Path) -> None:
+    """All plots of a report, beside the file that it is or will be in."""
+    for kind, draw in kinds(report).items():
+        path = result.with_name(f"{result.stem}_{kind}.png")
+        written = save(title(report), functools.partial(draw, report), path)
+        print(f"wrote {path}" if written else f"no {kind} plot: {result.name} holds nothing for it")
+
+
+def kinds(report: dict) -> dict[str, Callable]:
+    """What can be drawn of a report, by the benchmark that made it."""
+    if "contestants" in report:
+        return {"latency": latency, "batch": batches, "memory": memory}
+    if "pictures" in report:
+        return {"memory": endurance}
+    if "cap_gib" in report:
+        return {"memory": phases}
+    return {"batch": denoise_batches}
+
+
+def title(report: dict) -> str:
+    """Under what it was measured."""
+    device = report.get("hardware") or f"{report['device']}, driver {report['driver']}"
+    versions = report.get("versions") or {name: report[name] for name in ("torch", "triton", "comfyui")}
+    named = ", ".join(f"{name} {version}" for name, version in versions.items())
+    return f"{device}\n{named}, weights: {report.get('weights', 'random, full size')}, {report['date']}"
+
+
+def save(heading: str, draw: Callable, path: Path) -> bool:
     """Draw on one pair of axes and write a PNG; False when there is nothing to draw."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -38,11 +68,10 @@ def save(report: dict, draw, path: Path) -> bool:
     figure = Figure(figsize=(WIDTH, HEIGHT), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    draw(report, axes)
+    draw(axes)
     if not axes.has_data():
         return False
-    versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
-    axes.set_title(f"{report['hardware']}\n{versions}, weights: {report['weights']}, {report['date']}", fontsize=7)
+    axes.set_title(heading, fontsize=7)
     axes.grid(alpha=0.3)
     axes.set_axisbelow(True)
     axes.legend(fontsize=7)
@@ -96,6 +125,47 @@ def memory(report: dict, axes) -> None:
             axes.plot(seconds, [value / 1024 for value in (gpu if on_gpu else ram)], linewidth=1, label=entry["name"])
     axes.set_xlabel("seconds since the server was started")
     axes.set_ylabel("GPU memory of the server, GiB" if on_gpu else "RAM of the server, GiB")
+
+
+def denoise_batches(report: dict, axes) -> None:
+    """Milliseconds a picture of eight evaluations by batch, a line for every row name and size."""
+    rows = [row for row in report["rows"] if "denoise_ms" in row]
+    for name, size in dict.fromkeys((row["what"], row["size"]) for row in rows):
+        line = [row for row in rows if (row["what"], row["size"]) == (name, size)]
+        points = sorted((row["batch"], row["denoise_ms"] / row["batch"]) for row in line)
+        if len(points) > 1:
+            axes.plot(*zip(*points, strict=True), marker="o", markersize=3, label=f"{name}, {size}")
+    axes.set_xticks(sorted({row["batch"] for row in rows}))
+    axes.set_xlabel("pictures computed at once")
+    axes.set_ylabel("ms a picture, eight evaluations (p50)")
+
+
+def phases(report: dict, axes) -> None:
+    """What the allocator held from loading to the last picture, by precision, below the cap."""
+    axes.axhline(report["cap_gib"], color="black", linestyle="--", linewidth=1, label="cap")
+    for index, run in enumerate(report["runs"]):
+        seconds, allocated, reserved = zip(*run["series"], strict=True)
+        colour = f"C{index}"
+        axes.plot(seconds, [value / 1024 for value in allocated], color=colour, linewidth=1,
+                  label=f"{run['precision']}, allocated")  # fmt: skip
+        axes.plot(seconds, [value / 1024 for value in reserved], color=colour, linewidth=1, linestyle=":",
+                  label=f"{run['precision']}, reserved")  # fmt: skip
+        for row in run["phases"]:
+            if row["phase"].startswith("encode"):  # where a picture begins
+                axes.axvline(row["begin_s"], color=colour, linewidth=0.5, alpha=0.5)
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel("seconds since loading began; thin lines: a picture begins")
+    axes.set_ylabel("GPU memory of torch's allocator, GiB")
+
+
+def endurance(report: dict, axes) -> None:
+    """Memory after every picture of a long row."""
+    numbers = [row["number"] for row in report["pictures"]]
+    for key, label in (("allocated_mib", "allocated"), ("reserved_mib", "reserved")):
+        axes.plot(numbers, [row[key] / 1024 for row in report["pictures"]], linewidth=1, label=label)
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel(f"pictures of random sizes and prompts drawn, {report['precision']}")
+    axes.set_ylabel("GPU memory of torch's allocator, GiB")
 
 
 if __name__ == "__main__":

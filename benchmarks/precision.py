@@ -7,7 +7,9 @@ Run: ZIMAGE_COMFYUI=<tree> python benchmarks/precision.py [--count 200] [--out b
 
 import argparse
 import json
+import os
 import sys
+import time
 import types
 from pathlib import Path
 
@@ -25,54 +27,55 @@ REFERENCE = ("fp32", "sdpa")
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--count", type=int, default=200, help="fully stated prompts of 256x256")
-    parser.add_argument("--processes", type=int, default=2, help="processes that judge")
+    parser.add_argument("--processes", type=int, default=os.cpu_count(), help="processes that judge")
     parser.add_argument("--out", type=Path, default=PACK / "benchmarks" / "results" / "precision.json")
     arguments = parser.parse_args()
     host.enter(host.tree(), [])
     import torch
 
     with torch.inference_mode():
-        report = measure(arguments)
-    arguments.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        measure(arguments)
 
 
-def measure(arguments: argparse.Namespace) -> dict:
-
-    from zimage_turbo.demo.evaluate import score
+def measure(arguments: argparse.Namespace) -> None:
+    """The distance of every choice as it is drawn; the scores of all at the end, by one set of processes."""
+    from zimage_turbo.demo.evaluate import score, summarise
     from zimage_turbo.demo.prompts import SETS
     from zimage_turbo.engine.model import ATTENTIONS, PRECISIONS
-    from zimage_turbo.tests.drawing import node_draw
 
-    prompts, pictures = SETS["full"](arguments.count), {}
-
-    def draw_with(precision: str, attention: str):
-        draw = node_draw(precision, attention)
-
-        def kept(texts, seeds, sizes):
-            pictures[precision, attention] = draw(texts, seeds, sizes)
-            return pictures[precision, attention]
-
-        return kept
-
-    report = {
-        **conditions(),
-        "prompts": arguments.count,
-        "rows": [],
-    }
+    prompts = SETS["full"](arguments.count)
+    report = {**conditions(), "prompts": arguments.count, "rows": []}
     choices = [REFERENCE, *((precision, "auto") for precision in PRECISIONS[1:])]
     choices += [("bf16", attention) for attention in ATTENTIONS[1:]]
+    drawn = []
     for precision, attention in choices:
         row = {"precision": precision, "attention": attention}
+        report["rows"].append(row)
+        started = time.perf_counter()
         try:
-            scores, _ = score(draw_with(precision, attention), prompts, arguments.processes)
+            pictures = draw(precision, attention, prompts)
         except ValueError as reason:  # the loader says what the device lacks
             row["not_run"] = str(reason)
         else:
-            row |= {"psnr_db": psnr(pictures[precision, attention], pictures[REFERENCE]), "scores": scores}
-        report["rows"].append(row)
-        shown = {name: value["rate"] for name, value in row.get("scores", {}).items()}
-        print(precision, attention, row.get("not_run") or f"{row['psnr_db']} dB", shown, flush=True)
-    return report
+            drawn.append((row, pictures))
+            row |= {"psnr_db": psnr(pictures, drawn[0][1]), "seconds": round(time.perf_counter() - started, 1)}
+        print(json.dumps(row), flush=True)
+        arguments.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    every = [picture for _, pictures in drawn for picture in pictures]
+    _, verdicts = score(lambda *_: every, prompts * len(drawn), arguments.processes)
+    for index, (row, _) in enumerate(drawn):
+        row["scores"] = summarise(verdicts[index * len(prompts) : (index + 1) * len(prompts)])
+        rates = ", ".join(f"{name} {100 * value['rate']:.1f} %" for name, value in row["scores"].items())
+        print(f"{row['precision']:<10}{row['attention']:<14}{row['psnr_db'] or 'equal':>8} dB  {rates}", flush=True)
+    arguments.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+
+
+def draw(precision: str, attention: str, prompts: list) -> list["torch.Tensor"]:  # noqa: F821
+    """One picture a prompt, [height, width, 3] in 0..1."""
+    from zimage_turbo.tests.drawing import node_draw
+
+    sizes = [(prompt.said.width, prompt.said.height) for prompt in prompts]
+    return node_draw(precision, attention)([p.text for p in prompts], [p.seed for p in prompts], sizes)
 
 
 def psnr(pictures: list, reference: list) -> float | None:

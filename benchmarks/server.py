@@ -5,6 +5,8 @@ Run: ZIMAGE_COMFYUI=<tree> python benchmarks/server.py (--models FOLDER | --rand
 Every contestant has a server and a base directory of its own and gets the same prompts, every timed one new to it.
 Per size and batch: one prompt warms it up and is held against the host's fp32 picture (gate.py); only a right picture
 is followed by timed prompts. The first size and batch also give the first picture after the start and a full queue.
+The first start of every contestant finds no compiled kernel and no quantised weights on disk; ours start a second time,
+with what the first start kept there.
 Memory is that of the server's processes, sampled every 50 ms; a row's peak includes what earlier rows left reserved.
 """
 
@@ -28,10 +30,10 @@ package = types.ModuleType("zimage_turbo")
 package.__path__ = [str(PACK)]
 sys.modules["zimage_turbo"] = package
 
-from zimage_turbo.benchmarks import server_run  # noqa: E402
-from zimage_turbo.benchmarks.contestants import FILES, contestants, reference  # noqa: E402
+from zimage_turbo.benchmarks import server_run, stock_formats, weight_files  # noqa: E402
+from zimage_turbo.benchmarks.contestants import FILES, Contestant, contestants, reference  # noqa: E402
 from zimage_turbo.benchmarks.server_client import PromptFailed  # noqa: E402
-from zimage_turbo.launcher import machine, models, pyproject  # noqa: E402
+from zimage_turbo.launcher import machine, pyproject  # noqa: E402
 from zimage_turbo.launcher.inside import host  # noqa: E402
 from zimage_turbo.launcher.report import LauncherError  # noqa: E402
 
@@ -45,14 +47,16 @@ def main() -> None:
     device = "gpu" if nvidia else "cpu"
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as an exception it ends the server on its way out
     with tempfile.TemporaryDirectory(prefix="benchmark-") as work:
-        folder = weights(arguments, Path(work))
+        folder = weight_files.folder(arguments, Path(work))
         plan = server_run.Plan(
-            host.tree(), PACK, Path(work), folder, file_names(folder), arguments.demo, arguments.size,
+            host.tree(), PACK, Path(work), folder, weight_files.names(folder), arguments.demo, arguments.size,
             arguments.batch or BATCHES[device], arguments.count, arguments.queue, nvidia is not None,
         )  # fmt: skip
-        precisions = arguments.precision or PRECISIONS[device]
+        entries = contestants(
+            arguments.demo, arguments.precision or PRECISIONS[device], formats(plan) if arguments.stock_formats else {}
+        )
         try:
-            asyncio.run(run(plan, precisions, kind_of_weights(arguments), nvidia, arguments.out))
+            asyncio.run(run(plan, entries, weight_files.kind(arguments), nvidia, arguments.out))
         except LauncherError as error:
             sys.exit(error.render())
         except PromptFailed as error:
@@ -61,15 +65,13 @@ def main() -> None:
 
 def parse(words: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--models", type=Path, metavar="FOLDER", help="a models folder with the three official files")
-    source.add_argument(
-        "--random-weights", type=Path, metavar="FOLDER", help="full-size random files, made there once (20 GB)"
-    )
-    source.add_argument("--demo", action="store_true", help="the built-in demo, for a machine without weights")
+    weight_files.add_arguments(parser)
     parser.add_argument("--size", type=int, nargs="+", default=[1024, 512, 2048], help="sides of square pictures")
     parser.add_argument("--batch", type=int, nargs="+", help="pictures drawn at once; 1 2 4 8, without a GPU 1")
     parser.add_argument("--precision", nargs="+", help="ours; bf16 fp8 int4-fp8 int4, without a GPU auto")
+    parser.add_argument(
+        "--stock-formats", action="store_true", help="the stock nodes also with the host's int8 and W4A8, --gpu-only"
+    )
     parser.add_argument("--count", type=int, default=10, help="timed prompts; for a batch of n an n-th, at least 3")
     parser.add_argument("--queue", type=int, default=12, help="prompts posted at once")
     parser.add_argument("--out", type=Path, help="JSON file to write")
@@ -83,30 +85,16 @@ def parse(words: list[str]) -> argparse.Namespace:
     return arguments
 
 
-def kind_of_weights(arguments: argparse.Namespace) -> str:
-    return "demo" if arguments.demo else "random, full size" if arguments.random_weights else "official"
-
-
-def weights(arguments: argparse.Namespace, work: Path) -> Path:
-    """The folder of the weight files, which are made first where that is asked for."""
-    if arguments.models:
-        return arguments.models.resolve()
-    folder = work / "models" if arguments.demo else arguments.random_weights.resolve()
-    command = [sys.executable, str(PACK / "benchmarks" / "server_weights.py"), str(folder)]
-    subprocess.run([*command, "--demo"] if arguments.demo else command, check=True)
-    return folder
-
-
-def file_names(folder: Path) -> dict[str, str]:
-    """What ComfyUI calls the official files of a models folder, by FILES. Exits when one is missing."""
-    found = models.search(folder, {})
-    if missing := [str(file.folder / file.name) for file in found if file.path is None]:
-        sys.exit(f"Missing: {', '.join(missing)}. Put the official files there, or use --random-weights or --demo.")
-    return {kind: str(Path(*file.path.relative_to(folder).parts[1:])) for kind, file in zip(FILES, found, strict=True)}
+def formats(plan: server_run.Plan) -> dict[str, str]:
+    """Files in the host's own low-bit formats, made in the working folder; by format the name."""
+    source, made = plan.models / FILES[0] / plan.files[FILES[0]], plan.work / FILES[0]
+    made.mkdir()
+    subprocess.run([sys.executable, weight_files.MAKER, made, "--stock-formats", source], check=True)
+    return {form: stock_formats.file_name(form) for form in stock_formats.FORMATS}
 
 
 async def run(
-    plan: server_run.Plan, precisions: list[str], kind: str, nvidia: machine.Nvidia | None, out: Path | None
+    plan: server_run.Plan, entries: list[Contestant], kind: str, nvidia: machine.Nvidia | None, out: Path | None
 ) -> None:
     """Measure all; table and file grow contestant by contestant, so that a run that is cut short leaves what it has."""
     judge = reference(plan.demo)
@@ -121,7 +109,7 @@ async def run(
     print(f"{report['hardware']}; driver {report['driver']}; {named}; weights: {kind}", flush=True)
     print(f"{'contestant':<40}{'size':>6}{'batch':>6}{'p20':>9}{'p50':>9}{'p80':>9}{'s/image':>9}{'GPU MiB':>9}"
           f"{'RAM MiB':>9}{'error':>9}{'bound':>9}")  # fmt: skip
-    for contestant in contestants(plan.demo, precisions):
+    for contestant in entries:
         entry = {"name": contestant.name, "options": list(contestant.options)}
         entry |= await server_run.measure(contestant, plan, gate)
         report["contestants"].append(entry)
@@ -146,13 +134,25 @@ def lines(entry: dict) -> Iterator[str]:
         times = "".join(f"{row[key]:>9.3f}" for key in ("p20_s", "p50_s", "p80_s"))
         yield f"{head}{times}{row['p50_s'] / row['batch']:>9.3f}{memory}{error:>9}{bound:>9}"
     if "first_image_s" in entry:
-        yield (
-            f"{'':<4}ready after {entry['start_s']:.1f} s, first picture {entry['first_image_s']:.2f} s later; "
-            f"{len(entry['queue']['ends_s'])} queued prompts: {entry['queue']['images_per_s']:.2f} images/s"
-        )
+        queue = entry["queue"]
+        yield f"{'':<4}{len(queue['ends_s'])} queued prompts: {queue['images_per_s']:.2f} images/s"
+        yield f"{'':<4}first start ever: {begun(entry)}"
+    if "second_start" in entry:
+        yield f"{'':<4}second start:     {begun(entry['second_start'])}"
     for key in ("skipped", "failed"):
         if key in entry:
             yield f"{entry['name']:<40}  {key}: {entry[key]}"
+
+
+def begun(start: dict) -> str:
+    """How long the first picture of a server took."""
+    if "failed" in start:
+        return f"failed: {start['failed']}"
+    ready = f"ready after {start['start_s']:.1f} s, "
+    if "first_image_s" not in start:
+        return f"{ready}then a wrong picture: error {start['error']:.4f}"
+    first = start["first_image_s"]
+    return f"{ready}first picture {first:.2f} s later ({start['start_s'] + first:.1f} s); compiled: {start['compiled']}"
 
 
 def command(words: list[str]) -> str:

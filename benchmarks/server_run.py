@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import importlib.metadata
 import itertools
 import os
 import sys
@@ -16,13 +15,15 @@ import numpy as np
 from ..launcher import pack_link
 from ..launcher.report import LauncherError
 from ..launcher.server import Server, free_port
-from .contestants import STOCK, Contestant, Graph, Request
+from .conditions import version
+from .contestants import OURS, STOCK, Contestant, Graph, Request
 from .gate import Gate, distance
 from .server_client import Client, PromptFailed
 from .server_memory import MemoryLog
+from .timing import quantiles
 
 GATE_PROMPT, OTHER_PROMPT, FIRST_TIMED = 0, 1, 2
-QUANTILES = (0.2, 0.5, 0.8)
+TRITON = "triton"  # where in the base directory compiled kernels are kept
 BREAKDOWNS = (LauncherError, PromptFailed, ConnectionError, TimeoutError, aiohttp.ClientError)
 
 
@@ -44,8 +45,11 @@ class Plan:
 
     def graph(self, contestant: Contestant, number: int, size: int, batch: int) -> Graph:
         """The prompt of a number; our loader has the demo built in, the stock loaders read it from files."""
-        files = {} if self.demo and contestant.nodes != STOCK else self.files
+        files = {} if self.demo and contestant.nodes != STOCK else self.files_of(contestant)
         return contestant.graph(Request.numbered(number, size, batch), files)
+
+    def files_of(self, contestant: Contestant) -> dict[str, str]:
+        return self.files | ({"diffusion_models": contestant.model} if contestant.model else {})
 
     def rows(self) -> list[tuple[int, int]]:
         """Batch and size of every row, in the order of the run."""
@@ -60,15 +64,31 @@ class Plan:
         return range(first, first + min(self.count, max(3, self.count // batch)))
 
 
-@contextlib.contextmanager
-def serving(contestant: Contestant, plan: Plan) -> Iterator[tuple[Server, MemoryLog]]:
-    """Start the contestant's server in a base directory of its own; end it on leaving. Returned before it answers."""
+def prepare(contestant: Contestant, plan: Plan) -> Path:
+    """A base directory of the contestant's own: an empty cache of compiled kernels, links to the weight files."""
     base = plan.work / "".join(letter if letter.isalnum() else "-" for letter in contestant.name)
     (base / "custom_nodes").mkdir(parents=True)
     if contestant.nodes != STOCK:
         pack_link.ensure(base / "custom_nodes", plan.pack)
-    pack_link.make(base / "models", plan.models)
-    environment = dict(os.environ)
+    for kind, name in plan.files_of(contestant).items():
+        link = (
+            base / "models" / kind / name
+        )  # of the file alone, so that what is kept beside it is the contestant's own
+        link.parent.mkdir(parents=True)
+        made = plan.work / kind / name
+        link.symlink_to(made if contestant.model == name else plan.models / kind / name)
+    return base
+
+
+def compiled(base: Path) -> int:
+    """Kernels that Triton compiled for a GPU and kept on disk, in all starts so far."""
+    return sum(1 for _ in (base / TRITON).rglob("*.cubin"))
+
+
+@contextlib.contextmanager
+def serving(contestant: Contestant, plan: Plan, base: Path) -> Iterator[tuple[Server, MemoryLog]]:
+    """Start the contestant's server in its base directory; end it on leaving. Returned before it answers."""
+    environment = dict(os.environ) | {"TRITON_CACHE_DIR": str(base / TRITON)}
     if contestant.nodes == STOCK and plan.gpu:
         # Every server that we start has --disable-cuda-malloc, for our CUDA graphs. The host's default on an NVIDIA GPU
         # is the opposite, and this is how it sets it; beyond that, only offload without dynamic memory asks the option.
@@ -87,7 +107,7 @@ def serving(contestant: Contestant, plan: Plan) -> Iterator[tuple[Server, Memory
 
 async def draw_reference(contestant: Contestant, plan: Plan) -> tuple[Gate, dict]:
     """The gate with the pictures of every size, and the server's account of itself. Raises one of BREAKDOWNS."""
-    with serving(contestant, plan) as (server, _):
+    with serving(contestant, plan, prepare(contestant, plan)) as (server, _):
         server.wait_until_ready()
         async with Client.connected(server.url) as client:
 
@@ -105,29 +125,49 @@ async def measure(contestant: Contestant, plan: Plan, gate: Gate) -> dict:
     """Everything about one contestant. What it cannot do is said under "failed", in its rows where one fails."""
     if contestant.needs_gpu and not plan.gpu:
         return {"skipped": "there is no GPU"}
-    report = {}
-    with serving(contestant, plan) as (server, memory):
+    report, base = {}, prepare(contestant, plan)
+    with serving(contestant, plan, base) as (server, memory):
         try:
             server.wait_until_ready()
             report |= {"start_s": memory.now(), "rows": []}
             async with Client.connected(server.url) as client:
-                await _measure_rows(report, contestant, plan, gate, client, memory)
+                await _measure_rows(report, contestant, plan, gate, client, memory, base)
         except BREAKDOWNS as error:  # the server has gone: what was measured before stays
             report["failed"] = _told(error, plan)
             print(server.log_tail(), file=sys.stderr)
         report["gpu_memory_by"] = memory.gpu_by
+    if contestant.nodes == OURS and "first_image_s" in report:
+        report["second_start"] = await _measure_second_start(contestant, plan, gate, base)
     return report
 
 
+async def _measure_second_start(contestant: Contestant, plan: Plan, gate: Gate, base: Path) -> dict:
+    """A new server where one has drawn before: seconds until it answers and then to its first picture."""
+    before = compiled(base)
+    with serving(contestant, plan, base) as (server, memory):
+        try:
+            server.wait_until_ready()
+            start = {"start_s": memory.now()}
+            async with Client.connected(server.url) as client:
+                graph = plan.graph(contestant, GATE_PROMPT, plan.sizes[0], plan.batches[0])
+                seconds, images = await client.timed(graph)
+                verdict = gate.judge(contestant.precision, contestant.yardstick, await client.picture(images[0]))
+        except BREAKDOWNS as error:
+            print(server.log_tail(), file=sys.stderr)
+            return {"failed": _told(error, plan)}
+    start |= {"error": verdict.error, "gate": verdict.held, "compiled": compiled(base) - before}
+    return start | ({"first_image_s": seconds} if verdict.held else {})
+
+
 async def _measure_rows(
-    report: dict, contestant: Contestant, plan: Plan, gate: Gate, client: Client, memory: MemoryLog
+    report: dict, contestant: Contestant, plan: Plan, gate: Gate, client: Client, memory: MemoryLog, base: Path
 ) -> None:
     for index, (batch, size) in enumerate(plan.rows()):
         row = {"size": size, "batch": batch}
         report["rows"].append(row)
         since = memory.now()
         try:
-            await _measure_row(row, plan.numbers(index, batch), contestant, plan, gate, client)
+            await _measure_row(row, plan.numbers(index, batch), contestant, plan, gate, client, base)
         except BREAKDOWNS as error:
             row["failed"] = _told(error, plan)
             if not isinstance(error, PromptFailed):
@@ -139,12 +179,12 @@ async def _measure_rows(
             if "failed" in row:  # it could not load the models: every other row would say the same
                 return
             if row["gate"]:
-                report["first_image_s"] = row["warm_up_s"]
+                report |= {"first_image_s": row["warm_up_s"], "compiled": row["compiled"]}
                 report["queue"] = await _measure_queue(contestant, plan, client)
 
 
 async def _measure_row(
-    row: dict, numbers: range, contestant: Contestant, plan: Plan, gate: Gate, client: Client
+    row: dict, numbers: range, contestant: Contestant, plan: Plan, gate: Gate, client: Client, base: Path
 ) -> None:
     """The gate's prompt, which warms the size up, and only if its first picture is right the timed ones."""
 
@@ -156,9 +196,9 @@ async def _measure_row(
     row |= {"error": verdict.error, "bound": verdict.bound, "gate": verdict.held}
     if not verdict.held:
         return
-    row["warm_up_s"] = seconds
+    row |= {"warm_up_s": seconds, "compiled": compiled(base)}
     row["times_s"] = [(await client.timed(graph(number)))[0] for number in numbers]
-    row |= quantiles(row["times_s"])
+    row |= zip(("p20_s", "p50_s", "p80_s"), quantiles(row["times_s"]), strict=True)
 
 
 async def _measure_queue(contestant: Contestant, plan: Plan, client: Client) -> dict:
@@ -174,25 +214,13 @@ async def _measure_queue(contestant: Contestant, plan: Plan, client: Client) -> 
     return {"ends_s": ends, "images_per_s": plan.queued * plan.batches[0] / ends[-1]}
 
 
-def quantiles(times: list[float]) -> dict[str, float]:
-    """p20, p50 and p80, interpolated between neighbours."""
-    return {
-        f"p{round(100 * share)}_s": float(value)
-        for share, value in zip(QUANTILES, np.quantile(times, QUANTILES), strict=True)
-    }
-
-
 def versions(stats: dict, pack: str) -> dict[str, str | None]:
     """stats: the answer of /system_stats."""
     system = stats["system"]
-    try:
-        triton = importlib.metadata.version("triton")
-    except importlib.metadata.PackageNotFoundError:
-        triton = None
     return {
         "python": system["python_version"].split()[0],
         "torch": system["pytorch_version"],
-        "triton": triton,
+        "triton": version("triton"),
         "comfyui": system["comfyui_version"],
         "pack": pack,
     }

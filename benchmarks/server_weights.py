@@ -15,6 +15,7 @@ package = types.ModuleType("zimage_turbo")
 package.__path__ = [str(PACK)]
 sys.modules["zimage_turbo"] = package
 
+from zimage_turbo.benchmarks import stock_formats  # noqa: E402
 from zimage_turbo.launcher.inside import host  # noqa: E402
 from zimage_turbo.launcher.models import OFFICIAL_FILES  # noqa: E402
 
@@ -29,8 +30,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path, help="where diffusion_models, text_encoders and vae are made")
     parser.add_argument("--demo", action="store_true", help="the demo's weights instead of random ones")
+    parser.add_argument(
+        "--stock-formats", type=Path, metavar="FILE", help="only the host's own low-bit forms of this diffusion model"
+    )
     arguments = parser.parse_args()
     host.enter(host.tree(), [])
+    if arguments.stock_formats:
+        for form in stock_formats.FORMATS:
+            stock_formats.write(arguments.stock_formats, arguments.folder / stock_formats.file_name(form), form)
+        return
     makers = (demo_denoiser, demo_encoder, demo_vae) if arguments.demo else (denoiser, text_encoder, vae)
     for maker, (_, name, kind, _) in zip(makers, OFFICIAL_FILES, strict=True):
         path = arguments.folder / kind / name

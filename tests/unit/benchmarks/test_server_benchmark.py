@@ -14,7 +14,8 @@ from zimage_turbo.benchmarks import contestants
 from zimage_turbo.benchmarks.contestants import MIXED, OURS, STOCK, Contestant, Request
 from zimage_turbo.benchmarks.gate import Gate, distance
 from zimage_turbo.benchmarks.server_memory import MemoryLog
-from zimage_turbo.benchmarks.server_run import GATE_PROMPT, OTHER_PROMPT, Plan, quantiles
+from zimage_turbo.benchmarks.server_run import GATE_PROMPT, OTHER_PROMPT, Plan, prepare
+from zimage_turbo.benchmarks.timing import quantiles
 
 FILES = {"diffusion_models": "a.safetensors", "text_encoders": "b.safetensors", "vae": "c.safetensors"}
 REQUEST = Request.numbered(7, 512, 4)
@@ -74,7 +75,7 @@ def test_the_demo_is_chosen_by_name():
 
 def test_the_yardstick_runs_before_ours():
     for demo in (False, True):
-        entries = contestants.contestants(demo, ["bf16", "int4"])
+        entries = contestants.contestants(demo, ["bf16", "int4"], {"int8": "stock_int8.safetensors"})
         assert [entry.yardstick for entry in entries].count(True) == 1
         ours = [index for index, entry in enumerate(entries) if entry.nodes == OURS]
         assert next(index for index, entry in enumerate(entries) if entry.yardstick) < min(ours)
@@ -122,8 +123,23 @@ def test_a_gate_that_sees_no_difference_between_prompts_stays_shut():
 
 
 def test_quantiles_are_interpolated():
-    assert quantiles([1.0, 2.0, 3.0, 4.0, 5.0, 6.0]) == {"p20_s": 2.0, "p50_s": 3.5, "p80_s": 5.0}
+    assert quantiles([1.0, 2.0, 3.0, 4.0, 5.0, 6.0]) == [2.0, 3.5, 5.0]
     json.dumps(quantiles([0.5]))
+
+
+def test_what_a_contestant_keeps_beside_the_weights_is_its_own(pack, tmp_path):
+    models = tmp_path / "models"
+    for kind, name in FILES.items():
+        (models / kind).mkdir(parents=True)
+        (models / kind / name).write_bytes(b"weights")
+    plan = Plan(tmp_path, pack, tmp_path / "work", models, FILES, False, [512], [1], count=1, queued=1, gpu=False)
+    bases = [prepare(Contestant(name, nodes), plan) for name, nodes in (("one", OURS), ("two", STOCK))]
+    for base, linked in zip(bases, (True, False), strict=True):
+        assert (base / "models" / "vae" / FILES["vae"]).read_bytes() == b"weights"
+        assert any((base / "custom_nodes").iterdir()) == linked
+    (bases[0] / "models" / "vae" / "kept.safetensors").write_bytes(b"")
+    assert not (models / "vae" / "kept.safetensors").exists()
+    assert not (bases[1] / "models" / "vae" / "kept.safetensors").exists()
 
 
 @pytest.mark.parametrize("seen, by, expected", [(True, "process", 300), (False, "device", 200)])

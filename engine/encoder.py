@@ -16,8 +16,6 @@ from .turbo import FAST, REPLAYED
 
 BUCKET = 32  # prompts are padded to a multiple of so many tokens: lengths of one bucket share a graph
 MAX_GRAPHS = 16  # prompts of up to 512 tokens, as long as the model was trained on
-# A bucket is captured when its second prompt comes: a rare length would not earn back what a capture costs.
-WARM_UP = 1
 
 
 class TurboTextEncoder(Qwen3_4BModel):
@@ -84,4 +82,4 @@ def adopt(module: Qwen3_4BModel, compute: torch.dtype) -> None:
     module.norms = [layer for layer in module.modules() if isinstance(layer, RMSNorm)]
     parts = module.transformer.model.layers.modules()
     module.weighted = [part for part in parts if any(True for _ in part.parameters(recurse=False))]
-    module.forwards, module.graphs, module.tables = Counter(), Graphs(MAX_GRAPHS, WARM_UP), Recent(MAX_GRAPHS)
+    module.forwards, module.graphs, module.tables = Counter(), Graphs(MAX_GRAPHS), Recent(MAX_GRAPHS)

@@ -14,7 +14,7 @@ import torch
 
 from .recent import Recent
 
-WARM_UP = 2  # evaluations of a shape before its capture: libraries allocate workspaces, kernels are compiled
+WARM_UP = 1  # evaluations of a shape before its capture: libraries allocate workspaces, kernels are compiled
 CAPTURING = threading.Lock()  # torch captures one graph at a time in a process
 
 
@@ -32,10 +32,9 @@ class Captured:
 
 
 class Graphs:
-    """At most `limit` graphs, the least recently used given up first; `warm_up` evaluations come before a capture."""
+    """At most `limit` graphs, the least recently used given up first."""
 
-    def __init__(self, limit: int, warm_up: int = WARM_UP):
-        self.warm_up = warm_up
+    def __init__(self, limit: int):
         self.captured, self.seen, self.refused = Recent(limit), Counter(), set()
         self.pool, self.stream, self.state = None, None, None
 
@@ -59,7 +58,7 @@ class Graphs:
             self.state = state
         key = tuple((tensor.shape, tensor.dtype, tensor.device) for tensor in inputs)
         self.seen[key] += 1
-        if key in self.refused or self.seen[key] <= self.warm_up:
+        if key in self.refused or self.seen[key] <= WARM_UP:
             return None
         try:
             captured = self.captured.get(key, lambda: self.capture(function, inputs))

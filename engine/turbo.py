@@ -19,7 +19,7 @@ from .recent import Recent
 from .residency import resident_weights
 
 FAST, REPLAYED = "fast", "fast, CUDA graph"
-MAX_GRAPHS, MAX_CAPTIONS, MAX_TABLES = 4, 4, 8
+MAX_GRAPHS, MAX_CAPTIONS, MAX_TABLES = 8, 4, 8
 FP8_ERROR = 0.06  # of attention where products round to FP8 as well: each errs by 0.04 to 0.05
 
 

@@ -7,6 +7,7 @@ import torch
 
 from zimage_turbo.engine import forward, graphs, ode, sampling, turbo
 from zimage_turbo.engine.model import load_model
+from zimage_turbo.tests.comparison import relative_error
 from zimage_turbo.tests.weights import small_transformer
 
 pytestmark = [
@@ -54,6 +55,13 @@ def test_replay_is_what_would_be_computed(file, precision):
     caption = forward.refine_caption(module, context, forward.Compute(dtype))
     table = forward.rotation_table(module, caption.shape[1], 16, 16, x.device)
     assert torch.equal(replayed, forward.denoise(module, compute, x, time, caption, table))
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp8"])
+def test_a_feed_forward_of_many_rows_is_computed_run_by_run(file, precision, monkeypatch):
+    whole = draw(load_model(file, precision), (256, 256))
+    monkeypatch.setattr(forward, "ROWS_AT_ONCE", 96)
+    assert relative_error(draw(load_model(file, precision), (256, 256)), whole) < 0.01
 
 
 @pytest.mark.parametrize("precision", ["bf16", "int4-fp8"])

@@ -7,7 +7,7 @@ import torch
 from comfy.text_encoders.z_image import Qwen3_4BModel
 from safetensors.torch import save_file
 
-from zimage_turbo.engine import encoder, text, turbo
+from zimage_turbo.engine import graphs, text, turbo
 from zimage_turbo.tests.comparison import relative_error
 from zimage_turbo.tests.weights import random_text_encoder
 
@@ -65,7 +65,7 @@ def test_replay_is_what_would_be_computed(clip):
     module.graphs.clear()
     module.forwards.clear()
     eager = {count: module.forward(tokens(count))[0] for count in (20, 64, 300)}
-    assert dict(module.forwards) == {turbo.FAST: 3 * encoder.WARM_UP}
+    assert dict(module.forwards) == {turbo.FAST: 3 * graphs.WARM_UP}
     for _ in range(2):
         for count, states in eager.items():
             assert torch.equal(module.forward(tokens(count))[0], states)

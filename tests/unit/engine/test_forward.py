@@ -61,6 +61,14 @@ def test_fp16_beyond_its_range(tmp_path):
     assert not torch.isfinite(NextDiT._forward(module, x.half(), timesteps, context.half(), 21)).all()
 
 
+@pytest.mark.parametrize("rows", [1, 7, 100])
+def test_a_feed_forward_of_many_rows_is_computed_run_by_run(small, monkeypatch, rows):
+    module, (x, timesteps, context) = small.model.diffusion_model, request_of(2, 24, 28, 21)
+    whole = module._forward(x, timesteps, context, 21)
+    monkeypatch.setattr(forward, "ROWS_AT_ONCE", rows)
+    assert relative_error(module._forward(x, timesteps, context, 21), whole) < 2e-6
+
+
 def test_sampling_takes_the_fast_path(demo):
     patcher, clip, _ = demo
     module = patcher.model.diffusion_model

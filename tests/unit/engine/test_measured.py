@@ -4,13 +4,28 @@ import pytest
 import torch
 
 from zimage_turbo.engine import measured
-from zimage_turbo.kernels.attention import ATTENTION
+from zimage_turbo.kernels import registry
+from zimage_turbo.kernels.attention import ATTENTION, AttentionRequest
 from zimage_turbo.kernels.registry import Choices
 
 CPU = torch.device("cpu")
 
 
-def test_the_processor_is_not_measured(tmp_path, monkeypatch):
+def breaks(q, k, v, lengths):
+    raise RuntimeError("no such GPU")
+
+
+FUNCTIONS = {"breaks": breaks, "works": torch.nn.functional.scaled_dot_product_attention}
+
+
+@pytest.fixture(autouse=True)
+def _nothing_remembered():
+    measured.attention_backend.cache_clear()
+    yield
+    measured.attention_backend.cache_clear()
+
+
+def test_the_processor_is_not_measured(monkeypatch):
     monkeypatch.setattr(measured, "choices_file", lambda: pytest.fail("nothing is to be remembered"))
     assert measured.attention_backend("auto", CPU, torch.float32, 2, 64, 0.0) == "sdpa"
     with pytest.raises(ValueError, match="cudnn: needs an NVIDIA GPU"):
@@ -34,6 +49,18 @@ def test_choices_come_back(tmp_path):
     assert [each.name for each in file.parent.iterdir()] == ["attention.json"]
 
 
+def test_a_backend_that_fails_is_left_out(tmp_path, monkeypatch, caplog):
+    """On a processor that passes for a GPU of its own kind, where only two backends can run at all."""
+    fitting = {name: registry.Backend(name, function, registry.no_refusal) for name, function in FUNCTIONS.items()}
+    monkeypatch.setattr(measured.ATTENTION, "backends", fitting)
+    monkeypatch.setattr(measured, "choices_file", lambda: tmp_path / "attention.json")
+    monkeypatch.setattr(measured, "TOKENS", 64)
+    monkeypatch.setattr(AttentionRequest, "key", "this machine")
+    monkeypatch.setattr(measured, "measured_on", lambda device: True)
+    assert measured.attention_backend("auto", CPU, torch.float32, 2, 64, 0.0) == "works"
+    assert "attention by breaks fails on cpu: no such GPU" in caplog.text
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU")
 @pytest.mark.parametrize("allowed_error", [0.0, 0.06])
@@ -43,7 +70,6 @@ def test_measured_once(tmp_path, monkeypatch, allowed_error):
     timing = measured.timing
     monkeypatch.setattr(measured, "timing", lambda *given: counted.append(given) or timing(*given))
     asked = "auto", torch.device("cuda"), torch.bfloat16, 30, 128, allowed_error
-    measured.attention_backend.cache_clear()
     first = measured.attention_backend(*asked)
     assert ATTENTION.backends[first].error <= allowed_error
     assert first in measured.read(file).names.values()

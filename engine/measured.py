@@ -41,15 +41,14 @@ def attention_backend(
 
     def measure(backend: Backend) -> float:
         q, k, v = tensors()
-        if backend.name == FP8:  # the forward's norm before it puts out codes of q and k
-            codes = quantise_heads(q), quantise_heads(k)
-            backend = replace(backend, function=lambda q, k, v, lengths: attention_of_codes(*codes, v))
         try:
+            if backend.name == FP8:  # the forward's norm before it puts out codes of q and k
+                codes = quantise_heads(q), quantise_heads(k)
+                backend = replace(backend, function=lambda q, k, v, lengths: attention_of_codes(*codes, v))
             seconds = timing(q, k, v)(backend)
         except Exception as error:  # of a package or GPU that we have not seen: the others can still be taken
-            logging.warning(
-                "Z-Image-Turbo: attention by %s fails on %s and is left out: %s", backend.name, device, error
-            )
+            reason = str(error).partition("\n")[0]
+            logging.warning("Z-Image-Turbo: attention by %s fails on %s: %s", backend.name, device, reason)
             return math.inf
         logging.info("Z-Image-Turbo: attention by %s takes %.2f ms on %s.", backend.name, seconds * 1000, device)
         return seconds

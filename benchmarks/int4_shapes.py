@@ -5,8 +5,8 @@ Prints the relative L2 error on fresh samples of each distribution, then the con
 
 Lloyd's algorithm over groups of 16 weights: each group goes to the shape and power of two that fit it best, each level
 moves to the mean of what it stands for, weighted by its share in the squared error. Levels are kept at 4 significant
-bits, which is what an FP8 (e4m3) number holds, in the last rounds; a shape that few groups want starts anew near one
-that many want.
+bits, which is what an FP8 (e4m3) number holds, and away from 0, in the last rounds; a shape that few groups want
+starts anew near one that many want.
 """
 
 import argparse
@@ -15,6 +15,7 @@ import torch
 
 GROUP, LEVELS, SHAPES = 16, 16, 32
 GRID = 512  # steps of a unit when distances are looked up
+LEAST = 1 / 64  # magnitude of a level: 7 binades below, its FP8 number is still normal
 STEPS = (-1, 0, 1)  # binades beside that of a group's largest weight that can win
 MIXTURE = {"gaussian": 1.0, "t4": 0.3, "t2.5": 0.1, "outlier columns": 0.2, "laplace": 0.3}
 
@@ -118,9 +119,10 @@ def fit(groups: torch.Tensor, rounds: int) -> torch.Tensor:
 
 
 def rounded(shapes: torch.Tensor) -> torch.Tensor:
-    """shapes with every level at the nearest number of 4 significant bits below 2."""
+    """shapes with every level at the nearest number of 4 significant bits from 1/64 to below 2, of either sign."""
     mantissa, exponent = torch.frexp(shapes)
-    return torch.ldexp(torch.round(mantissa * 16) / 16, exponent).clamp(-1.875, 1.875)
+    nearest = torch.ldexp(torch.round(mantissa * 16) / 16, exponent)
+    return torch.copysign(nearest.abs().clamp(LEAST, 1.875), shapes)
 
 
 def codes(shapes: torch.Tensor) -> torch.Tensor:

@@ -1,72 +1,98 @@
-"""INT4 and FP8 kernels on a GPU: correctness first, then medians against torch's bf16 linear.
+"""INT4 kernels on a GPU: correctness first, then medians against torch's bf16 linear and comfy-kitchen's W4A8.
 
-Run: python benchmarks/kernels_int4.py [--sweep]
+Run on a machine with an NVIDIA GPU: python benchmarks/kernels_int4.py [--sweep] [--out FILE.json]
 Times are those of a replayed CUDA graph that goes through copies of a weight, together larger than the L2 cache, so
-that every call reads its weight from memory. --sweep instead tries every candidate for the product of few rows in many
-launch shapes: first on SCREEN, then the fastest ones on every weight. Processes of their own compile and check them.
+that every call reads its weight from memory. --sweep tries the kernels for few rows in many launch shapes on every
+weight, beside the shape that the pack takes. Processes of their own compile and check them before any is timed.
 """
 
 import argparse
+import importlib.util
 import itertools
+import json
 import multiprocessing
 import statistics
+import subprocess
 import sys
 import time
-import types
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 
-PACK = Path(__file__).resolve().parent.parent
-package = types.ModuleType("zimage_turbo")
-package.__path__ = [str(PACK)]
-sys.modules["zimage_turbo"] = package
+import torch
+import torch.nn.functional as F
+import triton
 
-import torch  # noqa: E402
-import torch.nn.functional as F  # noqa: E402
-import triton  # noqa: E402
-
-from zimage_turbo.kernels import fp8, hadamard, int4, int4_few_rows_triton, int4_reference  # noqa: E402
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from kernels import (
+    fp8,
+    hadamard,
+    int4,
+    int4_few_rows_triton,
+    int4_lanes_triton,
+    int4_reference,
+    int4_terms_triton,
+    int4_tiles_triton,
+)
 
 SHAPES = [(11520, 3840), (3840, 3840), (10240, 3840), (3840, 10240), (9728, 2560), (2560, 9728), (6144, 2560)]  # (N, K)
-ROWS = [1, 16, 64, 256]
+ROWS = (1, 16, 32, 64)
 TOKENS = 4224
-SCREEN = [(10240, 3840), (3840, 3840)]  # the sweep's first round
-FINALISTS = 6
-PROGRAMS = (3, 4, 5, 6, 8)
 COLD = 256 * 2**20  # bytes of weights that calls go through: five times the L2 cache of an H100
 BF16, FP8 = torch.bfloat16, torch.float8_e4m3fn
+FEW_ROWS = {
+    "chosen": int4_few_rows_triton.linear,
+    "lanes": int4_lanes_triton.linear,
+    "terms": int4_terms_triton.linear,
+    "tiles": int4_tiles_triton.linear,
+}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--sweep", action="store_true", help="only find the fastest products of few rows")
+    parser.add_argument("--sweep", action="store_true", help="only find the fastest launch shapes for few rows")
+    parser.add_argument("--out", type=Path, help="write all figures as JSON")
     arguments = parser.parse_args()
+    if not torch.cuda.is_available():
+        sys.exit("needs an NVIDIA GPU")
     torch.manual_seed(0)
-    print(torch.cuda.get_device_name(0), "torch", torch.__version__, "triton", triton.__version__)
+    report = machine()
     with torch.inference_mode():
         if arguments.sweep:
-            sweep()
-            return
-        check()
-        few_rows()
-        expansion()
-        if fp8.supported("cuda") is None:
-            many_rows()
-        quantisation()
+            report["sweep"] = sweep()
+        else:
+            report |= {"gate": gate(), "few rows": few_rows(), "expansion": expansion()}
+            if fp8.supported("cuda") is None:
+                report["many rows"] = many_rows()
+            report["quantisation"] = quantisation()
+    if arguments.out:
+        arguments.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+
+
+def machine() -> dict:
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    driver = subprocess.run(query, check=True, capture_output=True, text=True).stdout.split()[0]
+    about = {"gpu": torch.cuda.get_device_name(), "driver": driver, "torch": torch.__version__}
+    about |= {"triton": triton.__version__, "date": time.strftime("%Y-%m-%d")}
+    print(", ".join(f"{name} {value}" for name, value in about.items()), flush=True)
+    return about
 
 
 def error(ours: torch.Tensor, exact: torch.Tensor) -> float:
     return ((ours.double() - exact.double()).norm() / exact.double().norm()).item()
 
 
-def require(name: str, found: float, allowed: float) -> None:
-    print(f"check {name}: {found:.2e}, allowed {allowed:.2e}")
-    if not found <= allowed:  # NaN fails as well
-        sys.exit(f"{name} is wrong: no times are reported")
+def gate() -> list[dict]:
+    """Every kernel against the reference on fresh numbers; leaves the program where one is wrong."""
+    rows = []
 
+    def require(name: str, found: float, allowed: float) -> None:
+        rows.append({"name": name, "error": found, "allowed": allowed})
+        print(f"{name:28} {found:9.2e}, allowed {allowed:.2e}")
+        if not found <= allowed:  # NaN fails as well
+            sys.exit(f"{name} is wrong: no times are reported")
 
-def check() -> None:
-    """Every kernel against the reference on fresh numbers."""
     dense = torch.randn(2560, 3840, device="cuda", dtype=BF16) * 0.02
     weight = int4.quantise(dense, rotate=False)
     parts = weight.codes, weight.groups, weight.scales
@@ -75,19 +101,23 @@ def check() -> None:
     for dtype in (FP8, BF16, torch.float16):
         expected = int4_reference.expand(*parts, torch.empty(weight.shape, dtype=dtype, device="cuda"))
         require(f"expand {dtype}", (int4.expand(weight, dtype).float() != expected.float()).sum().item(), 0)
-    for dtype in (BF16, torch.float16):
-        plain_weight = int4.expand(weight, dtype)
-        for rows in (1, 17, 64, 200):
-            x = torch.randn(rows, 3840, device="cuda", dtype=dtype)
-            exact = x.double() @ int4.expand(weight, torch.float32).double().T
-            allowed = 2 * error(F.linear(x, plain_weight), exact)
-            ours = int4_few_rows_triton.linear(x, *parts, None)
-            require(f"linear {rows} rows, {dtype}", error(ours, exact), allowed)
+    for dtype, count in itertools.product((BF16, torch.float16), (1, 16, 17, 64)):
+        found, allowed = product_error(int4_few_rows_triton.linear, weight, count, dtype)
+        require(f"{count} rows {dtype}", found, allowed)
     if fp8.supported("cuda") is None:
         x = torch.randn(333, 3840, device="cuda", dtype=BF16)
         codes, scales = fp8.quantise_rows(x)
         exact = (codes.double() * scales) @ int4.expand(weight, torch.float32).double().T
         require("linear_fp8", error(int4.linear_fp8(x, weight), exact), 4 * error(exact.to(BF16), exact))
+    return rows
+
+
+def product_error(product, weight: int4.Int4Weight, rows: int, dtype: torch.dtype) -> tuple[float, float]:
+    """The error of a product of few rows, and the one allowed: twice that of torch's in the same dtype."""
+    x = torch.randn(rows, weight.shape[1], device="cuda", dtype=dtype)
+    exact = x.double() @ int4.expand(weight, torch.float32).double().T
+    ours = product(x, weight.codes, weight.groups, weight.scales, None, None)
+    return error(ours, exact), 2 * error(F.linear(x, int4.expand(weight, dtype)), exact)
 
 
 def microseconds(call, weights: list, repeats: int = 15) -> float:
@@ -121,180 +151,171 @@ def pair(outputs: int, columns: int) -> tuple[list, list]:
     return copies, [dense.clone() for _ in range(-(-COLD // dense.nbytes))]
 
 
-def few_rows() -> None:
-    print("\nlinear of few rows, microseconds")
-    print(f"{'N':>6} {'K':>6} {'M':>4} {'bf16':>7} {'fused':>7} {'ratio':>6} {'TB/s':>5} {'expand':>7}")
-    for outputs, columns in SHAPES:
-        copies, dense = pair(outputs, columns)
-        for rows in ROWS:
-            print(f"{outputs:6} {columns:6} {rows:4} {few_rows_of(rows, copies, dense)}", flush=True)
-
-
-def few_rows_of(rows: int, copies: list, dense: list) -> str:
-    x = torch.randn(rows, copies[0].shape[1], device="cuda", dtype=BF16)
-    plain = microseconds(lambda w: F.linear(x, w), dense)
-    expanded = microseconds(lambda w: F.linear(x, int4.expand(w, BF16)), copies)
-    fused = microseconds(lambda w: fused_linear(x, w), copies)
-    return f"{plain:7.1f} {fused:7.1f} {plain / fused:6.2f} {copies[0].nbytes / fused / 1e6:5.2f} {expanded:7.1f}"
-
-
-def fused_linear(x: torch.Tensor, w: int4.Int4Weight, **shape) -> torch.Tensor:
-    return int4_few_rows_triton.linear(x, w.codes, w.groups, w.scales, None, **shape)
-
-
-def sweep() -> None:
-    began = time.perf_counter()
-    with ProcessPoolExecutor(14, multiprocessing.get_context("spawn")) as pool:
-        screened = {rows: checked(pool, rows, list(kernels(rows))) for rows in (16, 64)}
-        print(f"{time.perf_counter() - began:.0f} s: first round", flush=True)
-        best = {rows: screen(rows, screened[rows]) for rows in screened}
-        for rows, shapes in best.items():
-            trials = [{**shape, "overlap": flag} for shape in shapes for flag in (False, True)]
-            best[rows] = checked(pool, rows, [{"candidate": "pairs"}, *trials])
-    print(f"{time.perf_counter() - began:.0f} s: second round")
-    for outputs, columns in SHAPES:
-        copies, dense = pair(outputs, columns)
-        for rows in (1, 16, 64):
-            x = torch.randn(rows, columns, device="cuda", dtype=BF16)
-            plain = microseconds(lambda w, x=x: F.linear(x, w), dense)
-            found = verdict(x, copies, best[max(16, rows)], plain)
-            print(f"{outputs} {columns} M={rows} bf16 {plain:.1f} {found}", flush=True)
-    print(f"{time.perf_counter() - began:.0f} s")
-
-
-def kernels(rows: int):
-    """Launch parameters that are compiled in, for 16 or 64 rows."""
-    blocks = [(4, 1), (8, 1), (4, 2)] if rows == 16 else [(4, 1), (8, 1), (16, 1), (8, 2)]
-    stages = (3, 4) if rows == 16 else (2, 3)
-    for candidate, (warps, tiles), unroll, depth in itertools.product(("load", "shuffle"), blocks, (1, 2), stages):
-        yield {"candidate": candidate, "warps": warps, "tiles": tiles, "unroll": unroll, "stages": depth}
-
-
-def checked(pool: ProcessPoolExecutor, rows: int, shapes: list) -> list:
-    """Those of the launch shapes that fit the GPU and compute the product; no other is timed."""
+def table(title: str, rows) -> list[dict]:
+    """Prints each row as it comes, below the names of the first one's columns."""
+    print(f"\n{title}")
     kept = []
-    for shape, (ours, allowed) in zip(shapes, pool.map(compiled_error, itertools.repeat(rows), shapes), strict=True):
-        if ours is None:
-            print("does not fit:", named(shape))
-        elif not ours <= allowed:
-            print(f"WRONG: {named(shape)}, {rows} rows: {ours:.2e}, allowed {allowed:.2e}")
-        else:
-            kept.append(shape)
-    print(f"{len(kept)} of {len(shapes)} launch shapes for {rows} rows fit and are right", flush=True)
-    if not kept:
-        sys.exit("no times are reported")
+    for row in rows:
+        if not kept:
+            print(" ".join(f"{name:>9}" for name in row))
+        kept.append(row)
+        cells = (f"{value:9.4g}" if isinstance(value, float) else f"{value!s:>9}" for value in row.values())
+        print(" ".join(cells), flush=True)
     return kept
 
 
-def compiled_error(rows: int, shape: dict) -> tuple[float | None, float]:
-    """The error on a small weight, None if the GPU has too little shared memory, and that of bf16, twice."""
+def few_rows() -> list[dict]:
+    def rows_of_all():
+        for outputs, columns in SHAPES:
+            copies, dense = pair(outputs, columns)
+            for rows in ROWS:
+                x = torch.randn(rows, columns, device="cuda", dtype=BF16)
+                plain = microseconds(lambda w, x=x: F.linear(x, w), dense)
+                ours = microseconds(lambda w, x=x: few_rows_linear("chosen", {}, x, w), copies)
+                figures = {"bf16": plain, "int4": ours, "speed-up": plain / ours, "TB/s": copies[0].nbytes / ours / 1e6}
+                yield {"N": outputs, "K": columns, "M": rows, **figures}
+
+    return table("linear of few rows, microseconds", rows_of_all())
+
+
+def few_rows_linear(kernel: str, shape: dict, x: torch.Tensor, w: int4.Int4Weight) -> torch.Tensor:
+    return FEW_ROWS[kernel](x, w.codes, w.groups, w.scales, None, None, **shape)
+
+
+def sweep() -> list[dict]:
+    """For each weight and number of rows the ten fastest launch shapes."""
+    with ProcessPoolExecutor(14, multiprocessing.get_context("spawn")) as pool:
+        trials = [(rows, *trial) for rows in ROWS for trial in launch_shapes(rows)]
+        fits = list(pool.map(is_right, *zip(*trials, strict=True)))
+    right = [trial for trial, kept in zip(trials, fits, strict=True) if kept]
+    if [rows for rows, kernel, _ in right if kernel == "chosen"] != list(ROWS):
+        sys.exit("the shape that the pack takes is wrong: no times are reported")
+    found = []
+    for outputs, columns in SHAPES:
+        copies, dense = pair(outputs, columns)
+        for rows in ROWS:
+            x = torch.randn(rows, columns, device="cuda", dtype=BF16)
+            plain = microseconds(lambda w, x=x: F.linear(x, w), dense)
+            times = []
+            for kernel, shape in (trial[1:] for trial in right if trial[0] == rows):
+                call = partial(few_rows_linear, kernel, shape, x)
+                times.append({"us": microseconds(call, copies, repeats=5), "kernel": kernel, **shape})
+            times.sort(key=lambda trial: trial["us"])
+            chosen = next(trial["us"] for trial in times if trial["kernel"] == "chosen")
+            print(f"\nN={outputs} K={columns} M={rows} bf16 {plain:.1f} chosen {chosen:.1f} best {times[0]['us']:.1f}")
+            for trial in times[:10]:
+                print(f"    {trial['us']:5.1f}", *(f"{k}={v}" for k, v in trial.items() if k != "us"), flush=True)
+            found.append({"N": outputs, "K": columns, "M": rows, "bf16": plain, "chosen": chosen, "best": times[:10]})
+    return found
+
+
+def launch_shapes(rows: int):
+    """(kernel, shape) to try for a number of rows."""
+    yield "chosen", {}
+    if rows > 16:
+        for slices in (1, 2, 3, 4, 6, 8, 9, 12):
+            yield "terms", {"slices": slices}
+        blocks, cuts = [(2, 4, 1), (2, 2, 2)], (1, 2, 3, 4, 8)
+    else:
+        blocks, cuts = [(1, 1, 4), (1, 1, 8), (2, 1, 4), (2, 1, 8), (1, 2, 4)], (1, 2)
+    for slices, warps, stages in itertools.product((1, 2, 3, 4, 6, 8, 12), (4, 8, 16), (3, 4)):
+        yield "tiles", {"warps": warps, "slices": slices, "stages": stages}
+    for slices, (tiles, across, along) in itertools.product(cuts, blocks):
+        eights = max(1, rows // 8)
+        yield "lanes", {"eights": eights, "tiles": tiles, "across": across, "along": along, "slices": slices}
+
+
+def is_right(rows: int, kernel: str, shape: dict) -> bool:
+    """Whether a launch shape fits the GPU and computes the product; no other is timed."""
     torch.manual_seed(rows)
     with torch.inference_mode():
         weight = int4.quantise(torch.randn(1008, 2560, device="cuda", dtype=BF16) * 0.02, rotate=False)
-        x = torch.randn(rows, 2560, device="cuda", dtype=BF16)
-        exact = x.double() @ int4.expand(weight, torch.float32).double().T
-        allowed = 2 * error(F.linear(x, int4.expand(weight, BF16)), exact)
         try:
-            return error(fused_linear(x, weight, **shape), exact), allowed
-        except triton.runtime.errors.OutOfResources:
-            return None, allowed
+            found, allowed = product_error(partial(FEW_ROWS[kernel], **shape), weight, rows, BF16)
+        except triton.runtime.errors.OutOfResources as reason:
+            print(f"{kernel} {shape}, {rows} rows does not fit: {reason}")
+            return False
+    if not found <= allowed:
+        print(f"WRONG: {kernel} {shape}, {rows} rows: {found:.2e}, allowed {allowed:.2e}")
+    return found <= allowed
 
 
-def screen(rows: int, shapes: list) -> list:
-    """The FINALISTS fastest on SCREEN, each by its best number of programs; at least one of each candidate."""
-    score = [0.0] * len(shapes)
-    for outputs, columns in SCREEN:
-        copies, _ = pair(outputs, columns)
-        x = torch.randn(rows, columns, device="cuda", dtype=BF16)
-        times = [fastest(x, copies, shape)[0] for shape in shapes]
-        score = [total + time / min(times) for total, time in zip(score, times, strict=True)]
-    ranked = sorted(zip(score, map(named, shapes), shapes, strict=True))
-    print(f"{rows} rows, times over the best of each weight:", *(f"{s / len(SCREEN):.2f} ({n})" for s, n, _ in ranked))
-    chosen = [shape for _, _, shape in ranked]
-    firsts = [shapes[0] for name in ("load", "shuffle") if (shapes := [s for s in chosen if s["candidate"] == name])]
-    return firsts + [shape for shape in chosen if shape not in firsts][: FINALISTS - 2]
+def expansion() -> list[dict]:
+    def rows_of_all():
+        for outputs, columns in SHAPES[:2]:
+            copies, _ = pair(outputs, columns)
+            for name, dtype in {"fp8": FP8, "bf16": BF16}.items():
+                out = torch.empty(outputs, columns, dtype=dtype, device="cuda")
+                time_of = microseconds(lambda w, out=out: int4.expand(w, out.dtype, out), copies)
+                moved = copies[0].nbytes + out.nbytes
+                yield {"N": outputs, "K": columns, "to": name, "us": time_of, "TB/s": moved / time_of / 1e6}
+
+    return table("expand and its memory traffic", rows_of_all())
 
 
-def fastest(x: torch.Tensor, copies: list, shape: dict) -> tuple[float, dict]:
-    """Microseconds and launch shape with the best number of programs."""
-    if shape["candidate"] == "pairs":
-        return microseconds(lambda w: fused_linear(x, w, **shape), copies, repeats=5), shape
-    trials = [{**shape, "programs": programs} for programs in PROGRAMS]
-    times = [microseconds(lambda w, t=trial: fused_linear(x, w, **t), copies, repeats=5) for trial in trials]
-    return min(zip(times, trials, strict=True), key=lambda found: found[0])
+def many_rows() -> list[dict]:
+    """int4-fp8 whole and in parts; comfy-kitchen's W4A8 whole, whose weights are always rotated, and both errors."""
+    kitchen = importlib.util.find_spec("comfy_kitchen") is not None
+    beside = f"comfy-kitchen {version('comfy-kitchen')}'s W4A8" if kitchen else "comfy-kitchen is not installed"
+    rows = (many_rows_of(outputs, columns, kitchen) for outputs, columns in SHAPES[:4])
+    return table(f"linear of {TOKENS} rows, microseconds; {beside}", rows)
 
 
-def verdict(x: torch.Tensor, copies: list, shapes: list, plain: float) -> str:
-    """The best launch shape, and the best times of its alternatives."""
-    found = sorted((fastest(x, copies, shape) for shape in shapes), key=lambda each: each[0])
-    best, shape = found[0]
-    times = {
-        name: min((t for t, s in found if s["candidate"] == name), default=float("nan"))
-        for name in int4_few_rows_triton.CANDIDATES
-    }
-    times["no overlap"] = min(t for t, s in found if not s.get("overlap"))
-    others = " ".join(f"{name} {time:.1f}" for name, time in times.items())
-    return f"| {named(shape)} {best:.1f} us {copies[0].nbytes / best / 1e6:.2f} TB/s {plain / best:.2f}x | {others}"
-
-
-def named(shape: dict) -> str:
-    return " ".join(str(value) if name == "candidate" else f"{name}={value:d}" for name, value in shape.items())
-
-
-def expansion() -> None:
-    print(f"\nexpand and its memory traffic\n{'N':>6} {'K':>6} {'to':>5} {'us':>7} {'TB/s':>5}")
-    for outputs, columns in SHAPES[:2]:
-        copies, _ = pair(outputs, columns)
-        for name, dtype in {"fp8": FP8, "bf16": BF16}.items():
-            print(f"{outputs:6} {columns:6} {name:>5} {expansion_of(copies, dtype)}", flush=True)
-
-
-def expansion_of(copies: list, dtype: torch.dtype) -> str:
-    out = torch.empty(copies[0].shape, dtype=dtype, device="cuda")
-    time = microseconds(lambda w: int4.expand(w, dtype, out), copies)
-    return f"{time:7.1f} {(copies[0].nbytes + out.nbytes) / time / 1e6:5.2f}"
-
-
-def many_rows() -> None:
-    print(
-        f"\nlinear of {TOKENS} rows, microseconds; the parts of int4-fp8; rotation, alone and with rows; int4 in 16 bit"
-    )
-    names = ("N", "K", "bf16", "int4-fp8", "ratio", "rows", "expand", "product", "rotate", "rot+rows", "int4")
-    print(" ".join(f"{name:>8}" for name in names))
-    for outputs, columns in SHAPES[:4]:
-        print(f"{outputs:8} {columns:8} {many_rows_of(*pair(outputs, columns))}", flush=True)
-
-
-def many_rows_of(copies: list, dense: list) -> str:
-    copies, dense = copies[:6], dense[:6]
-    outputs, columns = copies[0].shape
+def many_rows_of(outputs: int, columns: int, kitchen: bool) -> dict:
+    copies, dense = (each[:6] for each in pair(outputs, columns))
+    turned = [int4.Int4Weight(w.codes, w.groups, w.scales, rotated=True) for w in copies]
     x = torch.randn(TOKENS, columns, device="cuda", dtype=BF16)
     space = torch.empty(outputs, columns, dtype=FP8, device="cuda")
     x_fp8, x_scales = fp8.quantise_rows(x)
     w_fp8 = int4.expand(copies[0], FP8)
-    plain = microseconds(lambda w: F.linear(x, w), dense)
-    ours = microseconds(lambda w: int4.linear_fp8(x, w, workspace=space), copies)
-    parts = (
-        microseconds(lambda w: fp8.quantise_rows(x, (x_fp8, x_scales)), copies),
-        microseconds(lambda w: int4.expand(w, FP8, space), copies),
-        microseconds(lambda w: fp8.linear(x_fp8, x_scales, w_fp8, w.scales, None, BF16), copies),
-        microseconds(lambda w: hadamard.rotate(x), copies),
-        microseconds(lambda w: hadamard.rotate_quantise_rows(x), copies),
-        microseconds(lambda w: int4.linear(x, w), copies),
-    )
-    return f"{plain:8.1f} {ours:8.1f} {plain / ours:8.2f} " + " ".join(f"{part:8.1f}" for part in parts)
+    whole = partial(int4.linear_fp8, x, workspace=space)
+    times = {
+        "bf16": microseconds(lambda w: F.linear(x, w), dense),
+        "int4-fp8": microseconds(whole, copies),
+        "rotated": microseconds(whole, turned),
+        "rows": microseconds(lambda w: fp8.quantise_rows(x, (x_fp8, x_scales)), copies),
+        "rot+rows": microseconds(lambda w: hadamard.rotate_quantise_rows(x), copies),
+        "expand": microseconds(lambda w: int4.expand(w, FP8, space), copies),
+        "product": microseconds(lambda w: fp8.linear(x_fp8, x_scales, w_fp8, w.scales, None, BF16), copies),
+        "int4": microseconds(partial(int4.linear, x), copies),
+    }
+    found = {"N": outputs, "K": columns, **times, "/bf16": times["bf16"] / times["int4-fp8"]}
+    if kitchen:
+        exact = F.linear(x.float(), dense[0].float())
+        product, parts = kitchen_linear(x, dense[0])
+        found["W4A8"] = microseconds(
+            product, [[part if part is None else part.clone() for part in parts] for _ in copies]
+        )
+        found["/W4A8"] = found["W4A8"] / times["int4-fp8"]
+        found["W4A8 err"], found["our err"] = error(product(parts), exact), error(whole(copies[0]), exact)
+    return found
 
 
-def quantisation() -> None:
+def kitchen_linear(x: torch.Tensor, weight: torch.Tensor):
+    """comfy-kitchen's linear of x as a function of a weight's parts, and these."""
+    from comfy_kitchen import quantize_w4a8_int8_weight, w4a8_int8_linear
+
+    def product(parts) -> torch.Tensor:
+        codes, group_scales, row_scales, correction, codebook = parts
+        return w4a8_int8_linear(x, codes, group_scales, row_scales, codebook=codebook, correction=correction)
+
+    return product, quantize_w4a8_int8_weight(weight)
+
+
+def quantisation() -> list[dict]:
     dense = torch.randn(2**29 // 3840, 3840, device="cuda", dtype=BF16)
     int4.quantise(dense[:4096])
-    for rotate in (False, True, None):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        int4.quantise(dense, rotate)
-        end.record()
-        end.synchronize()
-        print(f"\nquantise {dense.nbytes / 1e9:.2f} GB of bf16, rotate={rotate}: {start.elapsed_time(end):.0f} ms")
+
+    def rows_of_all():
+        for rotate in (False, True, None):
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start.record()
+            int4.quantise(dense, rotate)
+            end.record()
+            end.synchronize()
+            yield {"rotate": str(rotate), "ms": start.elapsed_time(end)}
+
+    return table(f"quantise {dense.nbytes / 1e9:.2f} GB of bf16", rows_of_all())
 
 
 if __name__ == "__main__":

@@ -9,13 +9,13 @@ The format. A weight W [N, K], K a multiple of 16, is held as
 
 With t = SHAPES[s][q], one of the 512 FP8 (e4m3fn) bytes of int4_shapes.py, a weight is decoded as
 
-    magnitude = max((t & 127) - 8 * d, 0)             d binades below what the shape says
-    byte      = (t & 128) | magnitude                 0 if the magnitude is 0
+    byte      = t - 8 * d                             d binades below what the shape says
     W[n, k]   = value of byte as e4m3fn * scales[n]   times the rotation of its block of 256 columns, if rotated
 
 So a shape is a codebook of 16 numbers, of which a group takes the best; the drop is the group's own power of two. A
 weight has 4 significant bits: FP8 holds it exactly but for the row's scale, bf16 holds it with the scale, and the
-16-bit and the FP8 product multiply with identical weights. No magnitude exceeds 240.
+16-bit and the FP8 product multiply with identical weights. Magnitudes of bytes lie in [2^-6, 240]: none is subnormal,
+and none is 0 but in a row whose scale is.
 
 The quantiser minimises the squared error over all shapes and the three drops that can win. Rotation makes heavy tails
 and outlier columns Gaussian, for the price of rotating the activations; it is chosen only where it earns that.
@@ -39,7 +39,7 @@ FUSED_ROWS = 64  # up to here reading the weights is what a product costs
 class Int4Weight:
     """A weight [N, K] in the format of this module; the tensors are contiguous and on one device.
 
-    Raises ValueError if the parts do not belong together, or lie where 64-bit loads cannot reach them.
+    Raises ValueError if the parts do not belong together, or lie on a GPU where 128-bit loads cannot reach them.
     """
 
     codes: torch.Tensor
@@ -64,9 +64,9 @@ class Int4Weight:
                     f"Int4Weight.{name}: expected a contiguous {list(shape)} of {dtype} on {self.codes.device} for "
                     f"codes of {list(self.codes.shape)}, got {described(part)}"
                 )
-            if part.is_cuda and part.data_ptr() % 8:
+            if part.is_cuda and part.data_ptr() % 16:
                 raise ValueError(
-                    f"Int4Weight.{name}: expected an address that is a multiple of 8, got {part.data_ptr()}; clone it"
+                    f"Int4Weight.{name}: expected an address that is a multiple of 16, got {part.data_ptr()}; clone it"
                 )
         _check_columns(columns, self.rotated)
 

@@ -84,67 +84,41 @@ def look_up_pairs(h0, h1, h2, h3, l0, l1, l2, l3, word, PTX: tl.constexpr):
 
 
 @triton.jit
-def load_row(table_ptr, groups, PTX: tl.constexpr):
-    """The 16 bytes of each group byte from int4_shapes.table: four int32."""
-    return load_four(table_ptr + groups * 4, PTX)
-
-
-@triton.jit
-def load_lane_row(table_ptr, OUTPUTS: tl.constexpr, PTX: tl.constexpr):
-    """The row of int4_shapes.signed_shapes whose index is the thread's lane, as [OUTPUTS, 8] like the groups."""
+def load_lane_shape(table_ptr, OUTPUTS: tl.constexpr, PTX: tl.constexpr):
+    """The shape whose index is the thread's lane, for from_lane: four int32 [OUTPUTS, 8], like codes and groups."""
     zeros = tl.zeros((OUTPUTS, 8), tl.int64)
     if PTX:
         return tl.inline_asm_elementwise(
-            "{ .reg .b32 lane; .reg .b64 at; mov.u32 lane, %laneid; mad.wide.u32 at, lane, 32, $6; "
-            "ld.global.nc.v4.b32 {$0, $1, $2, $3}, [at]; ld.global.nc.v2.b32 {$4, $5}, [at + 16]; }",
-            "=r,=r,=r,=r,=r,=r,l",
+            "{ .reg .b32 lane; .reg .b64 at; mov.u32 lane, %laneid; mad.wide.u32 at, lane, 16, $4; "
+            "ld.global.nc.v4.b32 {$0, $1, $2, $3}, [at]; }",
+            "=r,=r,=r,=r,l",
             [table_ptr.to(tl.int64) + zeros],
-            dtype=(tl.int32, tl.int32, tl.int32, tl.int32, tl.int32, tl.int32),
+            dtype=(tl.int32, tl.int32, tl.int32, tl.int32),
             is_pure=True,
             pack=1,
         )
     unused = zeros.to(tl.int32)
-    return unused, unused, unused, unused, unused, unused
+    return unused, unused, unused, unused
 
 
 @triton.jit
-def _from_lane(table_ptr, own, shape, WORD: tl.constexpr, PTX: tl.constexpr):
-    """The int32 WORD of row `shape` of int4_shapes.signed_shapes; `own`: that of the thread's lane."""
+def from_lane(table_ptr, own, shape, PTX: tl.constexpr):
+    """The four int32 of a shape, of which only the lower five bits count; `own`: those that the thread's lane holds."""
+    return (
+        _word_from_lane(table_ptr, own, shape, 0, PTX),
+        _word_from_lane(table_ptr, own, shape, 1, PTX),
+        _word_from_lane(table_ptr, own, shape, 2, PTX),
+        _word_from_lane(table_ptr, own, shape, 3, PTX),
+    )
+
+
+@triton.jit
+def _word_from_lane(table_ptr, own, shape, WORD: tl.constexpr, PTX: tl.constexpr):
     if PTX:
         return tl.inline_asm_elementwise(
-            "shfl.sync.idx.b32 $0, $1, $2, 31, -1;", "=r,r,r", [own, shape], dtype=tl.int32, is_pure=True, pack=1
+            "shfl.sync.idx.b32 $0, $1, $2, 31, -1;", "=r,r,r", [own[WORD], shape], dtype=tl.int32, is_pure=True, pack=1
         )
-    return tl.load(table_ptr + shape * 8 + WORD)
-
-
-@triton.jit
-def _kept_bytes(word, PTX: tl.constexpr):
-    """255 in each byte whose highest bit is set, else 0."""
-    if PTX:
-        return tl.inline_asm_elementwise(
-            "prmt.b32 $0, $1, $1, 0xba98;", "=r,r", [word], dtype=tl.int32, is_pure=True, pack=1
-        )
-    return (((word >> 7) & 0x01010101).to(tl.int64) * 255).to(tl.int32)
-
-
-@triton.jit
-def shuffle_row(table_ptr, l0, l1, l2, l3, l4, l5, groups, PTX: tl.constexpr):
-    """load_row from the 32 shapes that the lanes of a warp hold (load_lane_row), then lowered by the drop.
-
-    Magnitudes have their highest bit set, so that a difference borrows from it and from no other byte: where it is
-    gone, the weight is 0. The four lowest levels of every shape are negative, the four highest positive.
-    """
-    shape = groups >> 3
-    drop = (groups & 7) * 0x08080808
-    d0 = _from_lane(table_ptr, l0, shape, 0, PTX) - drop
-    d1 = _from_lane(table_ptr, l1, shape, 1, PTX) - drop
-    d2 = _from_lane(table_ptr, l2, shape, 2, PTX) - drop
-    d3 = _from_lane(table_ptr, l3, shape, 3, PTX) - drop
-    t0 = d0 & _kept_bytes(d0, PTX)
-    t1 = d1 & _kept_bytes(d1, PTX) & _from_lane(table_ptr, l4, shape, 4, PTX)
-    t2 = d2 & _kept_bytes(d2, PTX) & _from_lane(table_ptr, l5, shape, 5, PTX)
-    t3 = d3 & _kept_bytes(d3, PTX) & 0x7F7F7F7F
-    return t0, t1, t2, t3
+    return tl.load(table_ptr + (shape & 31) * 4 + WORD)
 
 
 @triton.jit
@@ -180,16 +154,3 @@ def bytes_of_words(low, high, selector, PTX: tl.constexpr):
         even = tl.join(word, word >> 16)
         odd = tl.join(word >> 8, word >> 24)
         return tl.join(even, odd).to(tl.int8).to(tl.float8e4nv, bitcast=True).to(tl.float32)
-
-
-@triton.jit
-def prefetch(pointer, size):
-    """Asks for `size` bytes, a multiple of 16, from each pointer to be brought into the L2 cache (Hopper)."""
-    tl.inline_asm_elementwise(
-        "cp.async.bulk.prefetch.L2.global [$1], $2; mov.b32 $0, 0;",
-        "=r,l,r",
-        [pointer.to(tl.int64), size],
-        dtype=tl.int32,
-        is_pure=False,
-        pack=1,
-    )

@@ -1,7 +1,8 @@
 """The 32 shapes of the INT4 format: for each, the 16 values that a code can stand for, as FP8 (e4m3fn) bytes.
 
 A constant of the format: changing it changes the meaning of every file. benchmarks/int4_shapes.py fitted it. Each row
-is sorted by value, and its largest magnitude lies below 256 (the levels in (-2, 2) of the fit, times 128).
+is sorted by value. Magnitudes lie in [2, 256) (the levels in (-2, 2) of the fit, times 128), so that 7 binades lower
+they are still normal numbers of the format.
 """
 
 from functools import lru_cache
@@ -9,37 +10,37 @@ from functools import lru_cache
 import torch
 
 SHAPES = (
-    "f7f4f1eeebe7e1d81d5962686c707274",
-    "f5f3f1eeeae5dd825b64696c70727577",
-    "f6f4f2efece8e3dbb35a62686b6e7173",
-    "f1ece9e6e2ddd5b3545d6266696c6f71",
+    "f7f4f1eeebe7e1d8405962686c707274",
+    "f5f3f1eeeae5ddc05b64696c70727577",
+    "f6f4f2efece8e3dbc05a62686b6e7173",
+    "f1ece9e6e2ddd5c0545d6266696c6f71",
     "f6f1efece9e4e0d8c2525e64696c7072",
     "efece9e6e1dbd145575e6265686a6c6f",
     "f4f2f0ece9e6e1d9c2566065696d7073",
     "f1eeeae6e1dace45565e62676a6d7273",
-    "f3efebe9e5e1dbd2b3505a6165696c73",
+    "f3efebe9e5e1dbd2c0505a6165696c73",
     "f2eeebe8e3ddd149596065696c6f7476",
     "f7f5f3f0ede9e3d94a5e656a6e717376",
     "f0edeae8e4dfd7c44e5b62666a6c7174",
-    "f3f1eeebe8e3ded43f585f64686b6e70",
+    "f3f1eeebe8e3ded440585f64686b6e70",
     "f5f2efebe7e1d7495c63696c70737577",
     "f4f2edeae6e2dbd145585f63686b6d70",
     "f7f3f1edeae5dece5661686b6f727577",
-    "f1efebe8e4e0dad1b350596064686a70",
+    "f1efebe8e4e0dad1c050596064686a70",
     "f6f0ece8e3ded34a5b62676a6d707375",
-    "f6f3f1edeae6e1d9b15861666a6d7176",
+    "f6f3f1edeae6e1d9c05861666a6d7176",
     "f7f3f0ede9e4dcc85862686c70737677",
-    "f5efedeae7e3ddd4a5545d63686b6e73",
-    "f0ece9e6e1dbd139545d62676b707275",
-    "f2f0eeeae7e3ded7bc545d62676a6c6f",
-    "f2f0ece9e4dfd5255760666a6e717377",
+    "f5efedeae7e3ddd4c0545d63686b6e73",
+    "f0ece9e6e1dbd140545d62676b707275",
+    "f2f0eeeae7e3ded7c0545d62676a6c6f",
+    "f2f0ece9e4dfd5405760666a6e717377",
     "f4f1eeebe9e4dfd4485a6166696c6f71",
     "f2eeebe8e4e0d9c8525d63676a6e7172",
     "f7f2f0edeae5ded343586065696d7175",
     "f4f2efebe8e2dbcc525f656a6e717577",
     "f7f5f2efebe8e2d9435b63686b6f7277",
     "f1edeae7e3dfd8c94f5b6165696c6f72",
-    "f2efece9e5e1dacf32515a6065696b71",
+    "f2efece9e5e1dacf40515a6065696b71",
     "f3f0ede9e6e1dac9535e64686b6f7174",
 )
 DROPS = 8
@@ -65,20 +66,7 @@ def table(device: torch.device) -> torch.Tensor:
     with torch.inference_mode(False):
         byte = shapes(device).to(torch.int16).repeat_interleave(DROPS, 0)
         drop = torch.arange(DROPS, dtype=torch.int16, device=device).repeat(len(SHAPES))[:, None]
-        magnitude = ((byte & 127) - 8 * drop).clamp(min=0)
-        return torch.where(magnitude > 0, (byte & 128) | magnitude, 0).to(torch.uint8)
-
-
-@lru_cache(maxsize=32)
-def signed_shapes(device: torch.device) -> torch.Tensor:
-    """SHAPES taken apart for arithmetic on 4 bytes at once: [32, 32] uint8, a row 16 magnitudes, 8 signs and padding.
-
-    A magnitude has bit 7 set. A sign, of the middle 8 levels (those below are negative, those above positive), is 255
-    or 127: what a byte with bit 7 set has to be masked with.
-    """
-    with torch.inference_mode(False):
-        byte = shapes(device)
-        return torch.cat([byte | 128, byte[:, 4:12] | 127, torch.zeros_like(byte[:, :8])], 1)
+        return (byte - 8 * drop).to(torch.uint8)
 
 
 @lru_cache(maxsize=32)

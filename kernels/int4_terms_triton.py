@@ -13,13 +13,12 @@ last program of a block of outputs adds up the slices, always in the same order.
 import torch
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from .int4_decode_triton import bytes_of_words, load_lane_row, load_row, look_up_halves, prefetch, shuffle_row
-from .int4_shapes import signed_shapes, table
+from .int4_decode_triton import bytes_of_words, from_lane, load_lane_shape, look_up_halves
+from .int4_shapes import shapes
 
-GROUP = 16
 STEP = 128  # columns, 8 groups
+OUTPUTS = 64  # of a program: what four warps multiply at once
 
 
 @triton.jit
@@ -32,10 +31,8 @@ def _significant_4(x):
 @triton.jit(do_not_specialize=["counters"])
 def _split_kernel(
     x_ptr, terms_ptr, inverse_ptr, counters_ptr, columns, counters,
-    OVERLAP: tl.constexpr, BLOCK: tl.constexpr, COUNTERS: tl.constexpr,
+    BLOCK: tl.constexpr, COUNTERS: tl.constexpr,
 ):  # fmt: skip
-    if OVERLAP:  # the product may start; it waits for the end of this kernel before it reads what this writes
-        gdc_launch_dependents()
     row = tl.program_id(0).to(tl.int64)
     counter = tl.arange(0, COUNTERS)
     tl.store(counters_ptr + counter, tl.zeros_like(counter), mask=(counter < counters) & (row == 0))
@@ -54,12 +51,11 @@ def _split_kernel(
 
 
 @triton.jit
-def _decode(codes, groups, table_ptr, l0, l1, l2, l3, l4, l5, LOOKUP: tl.constexpr, PTX: tl.constexpr):
+def _decode(codes, groups, table_ptr, own, PTX: tl.constexpr):
     """FP8 weights [N, 256] of int64 codes [N, 8] and the groups' bytes [N, 8] in the tensor core's order, twice."""
-    if LOOKUP == "load":
-        t0, t1, t2, t3 = load_row(table_ptr, groups, PTX)
-    else:
-        t0, t1, t2, t3 = shuffle_row(table_ptr, l0, l1, l2, l3, l4, l5, groups, PTX)
+    t0, t1, t2, t3 = from_lane(table_ptr, own, groups >> 3, PTX)
+    drop = (groups & 7) * 0x08080808  # no byte's exponent is less
+    t0, t1, t2, t3 = t0 - drop, t1 - drop, t2 - drop, t3 - drop
     lower, upper, half = look_up_halves(t0, t1, t2, t3, codes.to(tl.int32), PTX)
     lower_2, upper_2, half_2 = look_up_halves(t0, t1, t2, t3, (codes >> 32).to(tl.int32), PTX)
     w0 = bytes_of_words(lower[0], upper[0], half[0], PTX)
@@ -79,8 +75,7 @@ def _decode(codes, groups, table_ptr, l0, l1, l2, l3, l4, l5, LOOKUP: tl.constex
 def _product_kernel(
     terms_ptr, inverse_ptr, codes_ptr, groups_ptr, table_ptr, scales_ptr, bias_ptr, partial_ptr, counters_ptr, y_ptr,
     rows, outputs, columns, steps_in_slice,
-    BIAS: tl.constexpr, SPLIT: tl.constexpr, LOOKUP: tl.constexpr, OVERLAP: tl.constexpr, PTX: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, UNROLL: tl.constexpr, EVEN: tl.constexpr, STAGES: tl.constexpr,
+    BIAS: tl.constexpr, SPLIT: tl.constexpr, PTX: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     block_n, k_slice, block_m = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     row = block_m * BLOCK_M + tl.arange(0, BLOCK_M).to(tl.int64)
@@ -90,35 +85,21 @@ def _product_kernel(
     steps = tl.minimum(steps_in_row - first, steps_in_slice)
     # Outputs past the end are those of the last row; they are not stored.
     output = tl.minimum(block_n * BLOCK_N + tl.arange(0, BLOCK_N).to(tl.int64), outputs - 1)
-    codes_ptrs = codes_ptr + output[:, None] * (steps_in_row * 8) + first * 8
+    codes_ptrs = codes_ptr + output[:, None] * (steps_in_row * 8) + first * 8 + tl.arange(0, 8)[None, :]
     groups_ptrs = groups_ptr + output * steps_in_row + first
     terms_ptrs = terms_ptr + row[:, None] * (steps_in_row * 256) + first * 256 + tl.arange(0, 256)[None, :]
-    if LOOKUP == "shuffle":
-        l0, l1, l2, l3, l4, l5 = load_lane_row(table_ptr, BLOCK_N, PTX)
-    else:
-        l0, l1, l2, l3, l4, l5 = 0, 0, 0, 0, 0, 0
+    own = load_lane_shape(table_ptr, BLOCK_N, PTX)
     total = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-    if OVERLAP:
-        prefetch(codes_ptrs + tl.arange(0, 2)[None, :] * steps * 4, steps * 32)
-        gdc_wait()
-    codes_ptrs += tl.arange(0, 8)[None, :]
-    for start in tl.range(0, steps, UNROLL, num_stages=STAGES):
-        for offset in tl.static_range(UNROLL):
-            step = start + offset
-            mask = few
-            if not EVEN:
-                mask = few & (step < steps)
-                step = tl.minimum(step, steps - 1)
-            codes = tl.load(codes_ptrs + step * 8)
-            eight = tl.load(groups_ptrs + step)
-            pair = (eight[:, None] >> (tl.arange(0, 4) * 16)[None, :]).to(tl.int32)
-            groups = tl.join(pair & 255, (pair >> 8) & 255).reshape(BLOCK_N, 8)
-            weights = _decode(codes, groups, table_ptr, l0, l1, l2, l3, l4, l5, LOOKUP, PTX)
-            terms = tl.load(terms_ptrs + step * 256, mask=mask, other=0.0)
-            if PTX:
-                total += tl.dot(weights, terms.trans())
-            else:
-                total += tl.dot(weights, terms.to(tl.float32).trans())
+    for step in range(steps):
+        codes = tl.load(codes_ptrs + step * 8)
+        eight = tl.load(groups_ptrs + step)
+        groups = (eight[:, None] >> (tl.arange(0, 8) * 8)[None, :]).to(tl.int32)
+        weights = _decode(codes, groups, table_ptr, own, PTX)
+        terms = tl.load(terms_ptrs + step * 256, mask=few, other=0.0)
+        if PTX:
+            total += tl.dot(weights, terms.trans())
+        else:
+            total += tl.dot(weights, terms.to(tl.float32).trans())
     place = tl.arange(0, BLOCK_N)  # of the product's rows among the weights'
     place = (place // 8 % 2) * (BLOCK_N // 2) + place // 16 * 8 + place % 8
     output = block_n * BLOCK_N + place.to(tl.int64)
@@ -151,37 +132,17 @@ def _finish(
     tl.store(y_ptrs, total.to(y_ptr.dtype.element_ty), mask=mask)
 
 
-def linear(
-    x,
-    codes,
-    groups,
-    scales,
-    bias,
-    out=None,
-    lookup="load",
-    warps=4,
-    tiles=1,
-    programs=4,
-    unroll=2,
-    stages=3,
-    overlap=False,
-):
+def linear(x, codes, groups, scales, bias, out, slices):
     """y [M, N] of contiguous x [M, K] bf16, K a multiple of 128, into `out` if given; see int4.linear.
 
-    lookup: where a thread gets a group's 16 bytes, "load" from the cache or "shuffle" from other threads. warps: of a
-    program, each with 16 * tiles outputs. programs: how many are wanted on each multiprocessor, which decides into how
-    many slices K is cut. unroll: steps of 128 columns between two turns of the pipeline of loads, which has `stages`.
-    overlap: start the product, and the reading of its weights, while x is still being split (Hopper).
+    slices: into how many the columns are cut, each for programs of its own.
     """
     (rows, columns), outputs, device = x.shape, len(codes), x.device
-    overlap = overlap and x.is_cuda and codes.data_ptr() % 16 == 0  # what a prefetch asks for
     y = torch.empty((rows, outputs), dtype=x.dtype, device=device) if out is None else out
-    block_n, block_m = 16 * warps * tiles, min(64, max(16, triton.next_power_of_2(rows)))
-    blocks = triton.cdiv(outputs, block_n), triton.cdiv(rows, block_m)
-    steps = columns // STEP
-    slices = max(1, min(steps, programs * _processors(device) // (blocks[0] * blocks[1])))
-    steps_in_slice = triton.cdiv(triton.cdiv(steps, slices), unroll) * unroll
-    slices = triton.cdiv(steps, steps_in_slice)
+    block_m = min(64, max(16, triton.next_power_of_2(rows)))
+    blocks = triton.cdiv(outputs, OUTPUTS), triton.cdiv(rows, block_m)
+    steps_in_slice = triton.cdiv(columns // STEP, slices)
+    slices = triton.cdiv(columns // STEP, steps_in_slice)
     terms = torch.empty((rows, 2 * columns), dtype=torch.float8_e4m3fn, device=device)
     inverse = torch.empty(rows, dtype=torch.float32, device=device)
     counters = torch.empty(blocks[0] * blocks[1], dtype=torch.int32, device=device)
@@ -190,20 +151,12 @@ def linear(
     with torch.cuda.device_of(x):
         _split_kernel[(rows,)](
             x, terms, inverse, counters, columns, len(counters),
-            OVERLAP=overlap, BLOCK=block, COUNTERS=triton.next_power_of_2(len(counters)),
-            num_warps=min(16, max(1, block // 512)),
+            BLOCK=block, COUNTERS=triton.next_power_of_2(len(counters)), num_warps=min(16, max(1, block // 512)),
         )  # fmt: skip
         _product_kernel[(blocks[0], slices, blocks[1])](
-            terms, inverse, codes.view(torch.int64), groups.view(torch.int64),
-            (table if lookup == "load" else signed_shapes)(device).view(torch.int32),
-            scales, scales if bias is None else bias, partial, counters, y,
-            rows, outputs, columns, steps_in_slice,
-            BIAS=bias is not None, SPLIT=slices > 1, LOOKUP=lookup, OVERLAP=overlap, PTX=x.is_cuda,
-            BLOCK_N=block_n, BLOCK_M=block_m, UNROLL=unroll, EVEN=steps % unroll == 0, STAGES=stages, num_warps=warps,
-            **({"launch_pdl": True} if overlap else {}),
+            terms, inverse, codes.view(torch.int64), groups.view(torch.int64), shapes(device).view(torch.int32),
+            scales, scales if bias is None else bias, partial, counters, y, rows, outputs, columns, steps_in_slice,
+            BIAS=bias is not None, SPLIT=slices > 1, PTX=x.is_cuda, BLOCK_N=OUTPUTS, BLOCK_M=block_m,
+            num_warps=4, num_stages=3,
         )  # fmt: skip
     return y
-
-
-def _processors(device):
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2

@@ -8,7 +8,8 @@ import sys
 
 import pytest
 
-PRODUCT_WEIGHTS = 64 * 128 // 128  # of a thread in a step
+TILES_WEIGHTS = TERMS_WEIGHTS = 64 * 128 // 128  # of a thread in a step
+LANES_WEIGHTS = 16 * 128 // 32
 EXPAND_WEIGHTS = 512 * 16 // 128
 SCRIPT = """
 import json, sys, types
@@ -20,7 +21,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from zimage_turbo.kernels import int4_expand_triton, int4_linear_triton, int4_terms_triton
+from zimage_turbo.kernels import int4_expand_triton, int4_lanes_triton, int4_terms_triton, int4_tiles_triton
 
 
 def compiled(kernel, types, constants):
@@ -29,28 +30,34 @@ def compiled(kernel, types, constants):
     signature = {name: types.get(name, "constexpr") for name in names}
     aligned = {(names.index(name),): [["tt.divisibility", 16]] for name in types}
     source = ASTSource(kernel, signature, constexprs=constants, attrs=aligned)
-    return triton.compile(source, target=GPUTarget("cuda", int(sys.argv[2]), 32), options={"num_stages": 3}).asm["ptx"]
+    options = {"num_stages": 3, "num_warps": 4}
+    return triton.compile(source, target=GPUTarget("cuda", int(sys.argv[2]), 32), options=options).asm["ptx"]
 
 
 kernels = {
-    "product": compiled(
-        int4_linear_triton._partial_products_kernel,
-        ["*bf16", "*i64", "*i64", "*i32", "*fp32", "i32", "i32", "i32", "i32", "i32"],
-        {"FP16": False, "PTX": True, "BLOCK_N": 64, "BLOCK_M": 16},
-    ),
     "expand": compiled(
         int4_expand_triton._expand_fp8_kernel, ["*i64", "*u8", "*i32", "*i64", "i32"], {"PTX": True, "BLOCK": 512}
     ),
 }
+constants = {"BIAS": True, "SPLIT": False, "PTX": True}
+for dtype in ("bf16", "fp16"):
+    kernels["lanes " + dtype] = compiled(
+        int4_lanes_triton._product_kernel,
+        ["*i32", "*i32", "*i16", "*i32", "*fp32", "*" + dtype, "*" + dtype, "i32", "i32", "i32", "i32"],
+        {**constants, "FP16": dtype == "fp16", "EIGHTS": 2, "TILES": 1, "ACROSS": 1, "ALONG": 4},
+    )
+    kernels["tiles " + dtype] = compiled(
+        int4_tiles_triton._product_kernel,
+        ["*" + dtype, "*i64", "*i64", "*i32", "*fp32", "*" + dtype, "*" + dtype, "i32", "i32", "i32", "i32"],
+        {**constants, "FP16": dtype == "fp16", "BLOCK_N": 64, "BLOCK_M": 64},
+    )
 if sys.argv[2] == "90":
-    pointers = ["*fp8e4nv", "*fp32", "*i64", "*i64", "*i32", "*fp32", "*fp32", "*fp32", "*i32", "*bf16"]
-    constants = {"BIAS": True, "SPLIT": True, "PTX": True, "BLOCK_N": 64, "BLOCK_M": 16, "UNROLL": 1, "STAGES": 3}
-    for lookup, overlap in (("load", False), ("shuffle", True)):
-        kernels[lookup] = compiled(
-            int4_terms_triton._product_kernel,
-            [*pointers, "i32", "i32", "i32", "i32"],
-            {**constants, "LOOKUP": lookup, "OVERLAP": overlap, "EVEN": not overlap},
-        )
+    pointers = ["*fp8e4nv", "*fp32", "*i64", "*i64", "*i32", "*fp32", "*bf16", "*fp32", "*i32", "*bf16"]
+    kernels["terms"] = compiled(
+        int4_terms_triton._product_kernel,
+        [*pointers, "i32", "i32", "i32", "i32"],
+        {**constants, "SPLIT": True, "BLOCK_N": 64, "BLOCK_M": 64},
+    )
 print(json.dumps(kernels))
 """
 
@@ -65,32 +72,44 @@ def ptx(request, pack):
     return request.param, json.loads(ran.stdout)
 
 
-def test_permutations_are_instructions(ptx):
-    """For 8 weights a thread needs 16 in 16 bit and 6 in FP8, and reads a table row at once."""
-    _, kernels = ptx
-    assert kernels["product"].count("prmt.b32") >= 16 * PRODUCT_WEIGHTS // 8
-    assert kernels["expand"].count("prmt.b32") >= 6 * EXPAND_WEIGHTS // 8
-    assert kernels["product"].count("ld.global.nc.v4.b32") == 2 * PRODUCT_WEIGHTS // 16
-    assert kernels["expand"].count("ld.global.nc.v4.b32") == EXPAND_WEIGHTS // 16
+def test_expansion_permutes_by_instructions(ptx):
+    """6 for 8 weights, and a thread reads a table row at once."""
+    code = ptx[1]["expand"]
+    assert code.count("prmt.b32") >= 6 * EXPAND_WEIGHTS // 8
+    assert code.count("ld.global.nc.v4.b32") == EXPAND_WEIGHTS // 16
 
 
-def test_decoded_weights_stay_in_registers(ptx):
-    """On Hopper they are the tensor core's first operand as they are: not moved, nor loaded from shared memory."""
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_lanes_feed_the_tensor_core_themselves(ptx, dtype):
+    """10 permutations for 8 weights and 4 shuffles for 16; shared memory is for the warps' sums at the end alone."""
+    code = ptx[1][f"lanes {dtype}"]
+    permutations = 10 * LANES_WEIGHTS // 8
+    assert permutations <= code.count("prmt.b32") < 1.1 * permutations
+    assert code.count("shfl.sync.idx") == 4 * LANES_WEIGHTS // 16
+    products = code.split("mma.sync.aligned.m16n8k16.row.col.f32." + {"bf16": "bf16", "fp16": "f16"}[dtype])
+    assert len(products) == 1 + 2 * LANES_WEIGHTS // 8 and "st.shared" not in "".join(products[:-1])
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_tiles_are_decoded_where_the_tensor_core_reads_them(ptx, dtype):
+    """10 permutations for 8 weights and 4 shuffles for 16; not moved, nor loaded from shared memory."""
     capability, kernels = ptx
+    code = kernels[f"tiles {dtype}"]
+    permutations = 10 * TILES_WEIGHTS // 8
+    assert permutations <= code.count("prmt.b32") < 1.1 * permutations
+    assert code.count("shfl.sync.idx") == 4 * TILES_WEIGHTS // 16
     if capability < 90:
-        assert "mma.sync" in kernels["product"]
+        assert "mma.sync" in code
     else:
-        assert "wgmma.mma_async" in kernels["product"] and "ldmatrix" not in kernels["product"]
-        assert kernels["product"].count("prmt.b32") < 1.1 * 16 * PRODUCT_WEIGHTS // 8
+        assert code.count("wgmma.mma_async") == 8 and "ldmatrix" not in code
 
 
 @pytest.mark.parametrize("ptx", [90], indirect=True)
-@pytest.mark.parametrize("lookup", ["load", "shuffle"])
-def test_terms_meet_decoded_bytes_in_registers(ptx, lookup):
-    """6 permutations for 8 weights and 4 for the drops of 16, then the tensor core, in two times 4 products."""
-    code = ptx[1][lookup]
-    permutations = 6 * PRODUCT_WEIGHTS // 8 + (4 * PRODUCT_WEIGHTS // 16 if lookup == "shuffle" else 0)
+def test_terms_meet_decoded_bytes_in_registers(ptx):
+    """6 permutations for 8 weights and 4 shuffles for 16, then the tensor core, in two times 4 products."""
+    code = ptx[1]["terms"]
+    permutations = 6 * TERMS_WEIGHTS // 8
     assert permutations <= code.count("prmt.b32") < 1.1 * permutations
+    assert code.count("shfl.sync.idx") == 4 * TERMS_WEIGHTS // 16
     assert len(re.findall(r"wgmma.mma_async\S+e4m3.e4m3", code)) == 8
     assert "ldmatrix" not in code and "st.shared" not in code.split("wgmma.mma_async")[0]
-    assert ("shfl.sync.idx" in code, "griddepcontrol.wait" in code) == (lookup == "shuffle", lookup == "shuffle")

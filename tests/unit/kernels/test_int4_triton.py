@@ -1,5 +1,7 @@
 """The Triton forms of the INT4 format against the reference, which test_int4.py holds to the documented bits."""
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -7,22 +9,24 @@ from zimage_turbo.kernels import (
     int4,
     int4_expand_triton,
     int4_few_rows_triton,
-    int4_linear_triton,
+    int4_lanes_triton,
     int4_quantise_triton,
     int4_reference,
+    int4_terms_triton,
+    int4_tiles_triton,
 )
 from zimage_turbo.kernels.arguments import FP8
-from zimage_turbo.kernels.int4_shapes import levels
 from zimage_turbo.tests.unit.kernels.accuracy import error, normal, on_devices, poisoned, storable
 
 weights = on_devices(cpu=[(5, 272), (1, 16), (33, 256)], cuda=[(3840, 3840), (2560, 9728), (3840, 10240)])
 products = on_devices(
-    cpu=[(1, 70, 128), (3, 64, 640), (20, 100, 256), (70, 40, 128)],
+    cpu=[(1, 70, 128), (3, 24, 384), (20, 24, 256)],
     cuda=[(1, 3840, 3840), (17, 11520, 3840), (64, 3840, 10240), (200, 2560, 9728)],
 )
-
-
-SHAPES = [{"overlap": True}, {"warps": 8, "unroll": 1}, {"tiles": 2, "programs": 999}]
+LANES = [
+    {"eights": 1, "tiles": 1, "across": 1, "along": 4, "slices": 1},
+    {"eights": 2, "tiles": 2, "across": 2, "along": 2, "slices": 2},
+]
 
 
 def random_weight(rows, columns, device):
@@ -45,52 +49,91 @@ def test_expand_is_bit_exact(device, size, dtype):
     assert torch.equal(ours.float(), expected.float())
 
 
-@products
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("warps", [4, 8])
-def test_linear(device, size, dtype, warps):
-    """Within twice the error of torch's product in the same dtype; columns all differ, so that no order goes unseen."""
+def check_product(product, device, size, dtype):
+    """Within twice the error of torch's product in the same dtype; columns all differ, so that no order goes unseen.
+
+    Rows of x are of any magnitude (in fp16 of one) and have an outlier. They count alike, and so do outputs.
+    """
     rows, outputs, columns = size
     weight = random_weight(outputs, columns, device)
     x = normal(rows, columns, device=device, dtype=dtype)
+    if dtype == torch.bfloat16:
+        x *= torch.exp2(torch.randint(-60, 60, (rows, 1), device=device).float()).to(dtype)
+    x[:, 5] *= 200
     bias = normal(outputs, device=device, dtype=dtype) if rows > 1 else None
-    exact = x.double() @ int4.expand(weight, torch.float32).double().T
+    stored = int4.expand(weight, torch.float32)
+    exact = x.double() @ stored.double().T
     if bias is not None:
         exact += bias.double()
-    plain = torch.nn.functional.linear(x, int4.expand(weight, torch.float32).to(dtype), bias)
+    plain = torch.nn.functional.linear(x, stored.to(dtype), bias)
     out = poisoned((rows, outputs), storable(dtype, device), device)
-    ours = int4_linear_triton.linear(x, weight.codes, weight.groups, weight.scales, bias, out, warps=warps)
-    assert error(ours, exact) < 2 * error(plain, exact)
+    ours = product(x, weight.codes, weight.groups, weight.scales, bias, out)
+    alike = (exact / weight.scales).norm(dim=1, keepdim=True) * weight.scales
+    assert error(ours / alike, exact / alike) < 2 * error(plain / alike, exact / alike)
 
 
 @products
-@pytest.mark.parametrize("candidate", ["load", "shuffle"])
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_linear_in_two_terms(device, size, candidate, shape):
-    """As test_linear: the terms hold all that bf16 does."""
-    if device == "cuda" and torch.cuda.get_device_capability() < (9, 0):
-        pytest.skip("the FP8 product in registers is Hopper's")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", LANES, ids=lambda shape: "-".join(map(str, shape.values())))
+def test_linear_in_lanes(device, size, dtype, shape):
+    check_product(partial(int4_lanes_triton.linear, **shape), device, size, dtype)
+
+
+@products
+@pytest.mark.parametrize("slices", [1, 3, 99])
+def test_linear_in_two_terms(device, size, slices):
+    """The terms hold all that bf16 does."""
+    if device == "cuda" and torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("the FP8 product of weights in registers is Hopper's")
+    slices = min(slices, size[2] // 128)
+    check_product(partial(int4_terms_triton.linear, slices=slices), device, size, torch.bfloat16)
+
+
+@products
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("warps", "slices"), [(4, 1), (8, 99)])
+def test_linear_in_tiles(device, size, dtype, warps, slices):
+    slices = min(slices, size[2] // 128)
+    product = partial(int4_tiles_triton.linear, warps=warps, slices=slices, stages=3)
+    check_product(product, device, size, dtype)
+
+
+@products
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_linear_of_few_rows(device, size, dtype):
+    check_product(int4_few_rows_triton.linear, device, size, dtype)
+
+
+@pytest.mark.parametrize("rows", [1, 9, 17, 64, 100])
+@pytest.mark.parametrize("columns", [128, 256, 2560, 3840, 10240])
+@pytest.mark.parametrize("outputs", [1, 1024, 3840, 11520])
+def test_launch_shapes_cover_the_product(rows, outputs, columns):
+    """A warp has columns to work on, and no slice is empty, on a small GPU and on a large one."""
+    for multiprocessors in (40, 132):
+        lanes = int4_few_rows_triton.lanes_shape(rows, outputs, columns, multiprocessors)
+        assert 1 <= lanes["along"] * lanes["slices"] <= 2 * (columns // 128)
+        assert lanes["along"] * lanes["across"] in (1, 2, 4, 8) and lanes["eights"] in (1, 2, 4, 8)
+        terms = int4_few_rows_triton.terms_shape(rows, outputs, columns, multiprocessors)
+        assert 1 <= terms["slices"] <= columns // 128
+
+
+@on_devices(cpu=[(2, 40, 128)], cuda=[(2, 3840, 3840), (64, 3840, 3840)])
+def test_takes_rows_at_any_address(device, size):
     rows, outputs, columns = size
     weight = random_weight(outputs, columns, device)
-    x = normal(rows, columns, device=device, dtype=torch.bfloat16)
-    x *= torch.exp2(torch.randint(-60, 60, (rows, 1), device=device).float()).to(x.dtype)
-    x[:, 5] *= 200
-    bias = normal(outputs, device=device, dtype=torch.bfloat16) if rows > 1 else None
-    exact = x.double() @ int4.expand(weight, torch.float32).double().T
-    if bias is not None:
-        exact += bias.double()
-    plain = torch.nn.functional.linear(x, int4.expand(weight, torch.bfloat16), bias)
-    out = poisoned((rows, outputs), storable(torch.bfloat16, device), device)
+    x = normal(rows * columns + 1, device=device, dtype=torch.bfloat16)[1:].view(rows, columns)
     parts = weight.codes, weight.groups, weight.scales
-    ours = int4_few_rows_triton.linear(x, *parts, bias, out, candidate, **shape)
-    for row in range(rows):
-        assert error(ours[row], exact[row]) <= 2 * error(plain[row], exact[row])  # both 0 where only the bias is left
+    assert x.data_ptr() % 16 and torch.equal(
+        int4_few_rows_triton.linear(x, *parts, None), int4_few_rows_triton.linear(x.clone(), *parts, None)
+    )
 
 
-def test_signs_of_the_outer_levels():
-    """What int4_decode_triton.shuffle_row builds upon."""
-    value = levels(torch.device("cpu"))
-    assert (value[:, :4] < 0).all() and (value[:, 12:] > 0).all()
+@on_devices(cpu=[], cuda=[(16, 128)])
+def test_refuses_weights_that_lie_askew(device, size):
+    weight = random_weight(*size, device)
+    codes = torch.empty(weight.codes.numel() + 8, dtype=torch.uint8, device=device)[8:].view(weight.codes.shape)
+    with pytest.raises(ValueError, match="multiple of 16"):
+        int4.Int4Weight(codes, weight.groups, weight.scales, rotated=False)
 
 
 @on_devices(cpu=[], cuda=[(16, 3840, 2560), (64, 2560, 9728)])

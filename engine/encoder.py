@@ -5,7 +5,6 @@ from collections import Counter
 
 import comfy.model_management as management
 import torch
-from comfy.text_encoders.llama import RMSNorm
 from comfy.text_encoders.z_image import Qwen3_4BModel
 
 from . import qwen
@@ -26,7 +25,7 @@ class TurboTextEncoder(Qwen3_4BModel):
 
     compute: torch.dtype
     forwards: Counter
-    norms: list[RMSNorm]
+    bypassed: list[torch.nn.Module]
     weighted: list[torch.nn.Module]
     graphs: Graphs
     tables: Recent
@@ -79,7 +78,7 @@ def free_memory(patcher, unpatch_all: bool) -> None:
 def adopt(module: Qwen3_4BModel, compute: torch.dtype) -> None:
     """Make a module of the host ours; its weights and everything that holds them stay as they are."""
     module.__class__, module.compute = TurboTextEncoder, compute
-    module.norms = [layer for layer in module.modules() if isinstance(layer, RMSNorm)]
+    module.bypassed = [part for part in module.modules() if isinstance(part, qwen.BYPASSED)]
     parts = module.transformer.model.layers.modules()
     module.weighted = [part for part in parts if any(True for _ in part.parameters(recurse=False))]
     module.forwards, module.graphs, module.tables = Counter(), Graphs(MAX_GRAPHS), Recent(MAX_GRAPHS)

@@ -110,6 +110,14 @@ def expanded(checkpoint: Checkpoint, dtype: torch.dtype) -> Checkpoint:
     return checkpoint.replaced(weights)
 
 
+def expandable(checkpoint: Checkpoint) -> bool:
+    """Whether `expanded` can multiply all quantised weights out."""
+    return all(
+        settings["format"] in (layouts.INT4, layouts.FP8) or _is_product(settings)
+        for _, settings in _quantised_layers(checkpoint)
+    )
+
+
 def _is_product(settings: dict) -> bool:
     """Whether weight = stored value · scale, without a rotation or packing."""
     rotated = settings.get("convrot", (settings.get("params") or {}).get("convrot", False))  # the host reads both

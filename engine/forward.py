@@ -18,8 +18,9 @@ from ..kernels import attention, norm, rope, swiglu
 from ..kernels.arguments import FLOATS
 from ..kernels.registry import installed
 from . import layouts
-from .residency import replaced
+from .residency import near, replaced
 
+BYPASSED = (JointTransformerBlock, JointAttention, FeedForward, torch.nn.RMSNorm)
 KNOWN_ARGUMENTS = {"control", "clip_text_pooled"}  # pooled text: Z-Image has no use for it
 FOREIGN_OPTIONS = ("patches", "patches_replace", "rope_options", "optimized_attention_override")
 QK_EPS = torch.finfo(torch.float32).eps  # what the host takes where a norm names none
@@ -47,16 +48,17 @@ def refusal(module: NextDiT, context: torch.Tensor | None, options: dict, argume
         absent = value is None or (isinstance(value, list | tuple) and not value)
         if name not in KNOWN_ARGUMENTS and not absent:
             return f"the input {name} is given"
-    return norm_refusal(module, context.device)
+    return bypass_refusal(module)
 
 
-def norm_refusal(module: NextDiT, device: torch.device) -> str | None:
-    """Why the gains of the norms, which the fused kernels read where they lie, cannot be read; None if they can."""
+def bypass_refusal(module: NextDiT) -> str | None:
+    """Why blocks and norms cannot be computed without calling them, as the fused kernels do; None if they can."""
+    for part in module.bypassed:
+        if replaced(part) or part._forward_hooks or part._forward_pre_hooks:
+            return f"the forward of a {type(part).__name__} is replaced or hooked"
     for layer in module.norms:
         if layer.weight_function:
             return "a norm is patched while it runs"
-        if layer.weight.device != device:
-            return "norms are offloaded"
         if layer.weight.dtype not in FLOATS:
             return f"norms are stored as {layer.weight.dtype}"
     return None
@@ -143,7 +145,7 @@ def run_blocks(
         if i == last:
             post = block.ffn_norm2
             return norm.residual_rms_modulate(
-                x, h, post.weight, gate_ffn, None, None, post.eps, h_scale=factor, x_out=x
+                x, h, near(post.weight, x), gate_ffn, None, None, post.eps, h_scale=factor, x_out=x
             )
         after, (scale, *_) = blocks[i + 1], modulations[i + 1]
         x, y = add(x, h, factor, block.ffn_norm2, gate_ffn, after.attention_norm1, scale, after.attention.qkv)
@@ -156,14 +158,23 @@ def modulation(block: JointTransformerBlock, time: torch.Tensor | None) -> tuple
 
 def begin(x, next_norm, scale, next_linear, dtype: torch.dtype) -> Rows:
     """x normalised for the linear that comes next."""
-    return norm.rms_modulate(x, next_norm.weight, scale, next_norm.eps, takes_rows(next_linear), dtype)
+    return norm.rms_modulate(x, near(next_norm.weight, x), scale, next_norm.eps, takes_rows(next_linear), dtype)
 
 
 def add(x, h, factor, post_norm, gate, next_norm, scale, next_linear) -> tuple[torch.Tensor, Rows]:
     """x plus what half a block computed, normalised for the linear that comes next."""
     quantise = takes_rows(next_linear)
     x, *y = norm.residual_rms_modulate(
-        x, h, post_norm.weight, gate, next_norm.weight, scale, next_norm.eps, quantise, factor, x_out=x
+        x,
+        h,
+        near(post_norm.weight, x),
+        gate,
+        near(next_norm.weight, x),
+        scale,
+        next_norm.eps,
+        quantise,
+        factor,
+        x_out=x,
     )
     return x, tuple(y) if quantise else y[0]
 
@@ -171,7 +182,8 @@ def add(x, h, factor, post_norm, gate, next_norm, scale, next_linear) -> tuple[t
 def attend(module: JointAttention, y: Rows, table: torch.Tensor, compute: Compute) -> torch.Tensor:
     """The attention half of a block between its norms: [B, S, D], times compute.factor."""
     qkv = project(module.qkv, y).unflatten(-1, (3, module.n_local_heads, -1))
-    normed = functools.partial(rope.qk_norm_rope, qkv, module.q_norm.weight, module.k_norm.weight, table, QK_EPS)
+    gains = near(module.q_norm.weight, qkv), near(module.k_norm.weight, qkv)
+    normed = functools.partial(rope.qk_norm_rope, qkv, *gains, table, QK_EPS)
     if compute.attention == attention.FP8:
         h = attention.attention_of_codes(*normed(quantise=True))
     else:

@@ -22,7 +22,7 @@ def load(
     logging.info("Z-Image-Turbo: loading %s, %s and %s.", parts.diffusion_model, parts.text_encoder, parts.vae)
     patcher = load_model(parts.diffusion_model, precision, device, attention, cache)
     embeddings = folder_paths.get_folder_paths("embeddings")
-    clip = load_text_encoder(parts.text_encoder, device, embeddings, precision, cache)
+    clip = load_text_encoder(parts.text_encoder, device, embeddings, precision, cache, patcher.model_size())
     if hidden_size(clip) != caption_width(patcher):
         raise CheckpointError(
             f"text_encoder '{parts.text_encoder.name}' gives {hidden_size(clip)} values a token, the diffusion model "

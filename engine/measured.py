@@ -3,6 +3,7 @@
 import functools
 import logging
 import math
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -32,7 +33,7 @@ def attention_backend(
     if name != "auto" or not measured_on(device):
         return ATTENTION.choose(name, request, allowed_error=allowed_error).name
     file, choices = choices_file(), read(choices_file())
-    known = dict(choices.names)
+    known, failed = dict(choices.names), []
 
     @functools.cache
     def tensors() -> list[torch.Tensor]:
@@ -40,8 +41,8 @@ def attention_backend(
         return [torch.randn(shape, device=device, dtype=dtype).transpose(1, 2) for _ in range(3)]
 
     def measure(backend: Backend) -> float:
-        q, k, v = tensors()
         try:
+            q, k, v = tensors()
             if backend.name == FP8:  # the forward's norm before it puts out codes of q and k
                 codes = quantise_heads(q), quantise_heads(k)
                 backend = replace(backend, function=lambda q, k, v, lengths: attention_of_codes(*codes, v))
@@ -49,12 +50,13 @@ def attention_backend(
         except Exception as error:  # of a package or GPU that we have not seen: the others can still be taken
             reason = str(error).partition("\n")[0]
             logging.warning("Z-Image-Turbo: attention by %s fails on %s: %s", backend.name, device, reason)
+            failed.append(backend.name)
             return math.inf
         logging.info("Z-Image-Turbo: attention by %s takes %.2f ms on %s.", backend.name, seconds * 1000, device)
         return seconds
 
     chosen = ATTENTION.choose("auto", request, allowed_error=allowed_error, measure=measure, choices=choices).name
-    if choices.names != known:
+    if choices.names != known and not failed:  # what failed for want of memory may do better the next time
         write(file, choices)
     return chosen
 
@@ -69,19 +71,22 @@ def choices_file() -> Path:
 
 
 def read(file: Path) -> Choices:
-    """What was measured before; nothing if there is no such file, or one that somebody has spoilt."""
+    """What was measured before; nothing if there is no such file, or one that cannot be read."""
     if not file.exists():
         return Choices()
     try:
         return Choices.from_json(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         logging.warning("Z-Image-Turbo: %s cannot be read (%s); attention is measured again.", file, error)
         return Choices()
 
 
 def write(file: Path, choices: Choices) -> None:
     """Whole or not at all, also beside another process that does the same."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_suffix(f".{id(choices)}")
-    temporary.write_text(choices.to_json(), encoding="utf-8")
-    temporary.replace(file)
+    temporary = file.with_suffix(f".{os.getpid()}")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(choices.to_json(), encoding="utf-8")
+        temporary.replace(file)
+    except OSError as error:
+        logging.warning("Z-Image-Turbo: %s cannot be written (%s); the next start measures again.", file, error)

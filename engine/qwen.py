@@ -17,7 +17,9 @@ from ..kernels import norm, swiglu
 from ..kernels.arguments import FLOATS
 from ..kernels.registry import installed
 from ..kernels.rope_half import qk_norm_rope_half
+from .residency import near, replaced
 
+BYPASSED = (TransformerBlock, Attention, MLP, RMSNorm)
 # Not cuDNN's attention, which makes a plan for every length of prompt that it meets.
 ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
@@ -56,16 +58,16 @@ def refusal(encoder: SDClipModel, embeds: torch.Tensor, counts: list[int], embed
     foreign = [info["type"] for info in embeds_info if info["type"] != "embedding"]
     if foreign:
         return f"the text holds a {foreign[0]}"
-    return norm_refusal(encoder.norms, embeds.device)
+    return bypass_refusal(encoder)
 
 
-def norm_refusal(gains: Sequence[RMSNorm], device: torch.device) -> str | None:
-    """Why the gains of the norms, which the fused kernels read where they lie, cannot be read; None if they can."""
-    for weight in [gain.weight for gain in gains]:
-        if weight.device != device:
-            return "norms are offloaded"
-        if weight.dtype not in FLOATS:
-            return f"norms are stored as {weight.dtype}"
+def bypass_refusal(encoder: SDClipModel) -> str | None:
+    """Why layers and norms cannot be computed without calling them, as the fused kernels do; None if they can."""
+    for part in encoder.bypassed:
+        if replaced(part) or part._forward_hooks or part._forward_pre_hooks:
+            return f"the forward of a {type(part).__name__} is replaced or hooked"
+        if isinstance(part, RMSNorm) and part.weight.dtype not in FLOATS:
+            return f"norms are stored as {part.weight.dtype}"
     return None
 
 
@@ -84,14 +86,15 @@ def run_layers(
     Each pass over x ends half a layer and begins the next.
     """
     first = layers[0].input_layernorm
-    y = norm.rms_modulate(x, first.weight, None, first.eps, dtype=dtype)
+    y = norm.rms_modulate(x, near(first.weight, x), None, first.eps, dtype=dtype)
     for layer, after in zip(layers, (*layers[1:], None), strict=True):
         between = layer.post_attention_layernorm
-        x, y = norm.add_rms(x, attend(layer.self_attn, y, table), between.weight, between.eps, x_out=x)
+        x, y = norm.add_rms(x, attend(layer.self_attn, y, table), near(between.weight, x), between.eps, x_out=x)
         h = feed_forward(layer.mlp, y)
         if after is None:
             return x.add_(h)
-        x, y = norm.add_rms(x, h, after.input_layernorm.weight, after.input_layernorm.eps, x_out=x)
+        following = after.input_layernorm
+        x, y = norm.add_rms(x, h, near(following.weight, x), following.eps, x_out=x)
 
 
 def attend(module: Attention, y: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
@@ -99,7 +102,8 @@ def attend(module: Attention, y: torch.Tensor, table: torch.Tensor) -> torch.Ten
     q, k, v = (
         linear(y).unflatten(-1, (-1, module.head_dim)) for linear in (module.q_proj, module.k_proj, module.v_proj)
     )
-    q, k = qk_norm_rope_half(q, k, module.q_norm.weight, module.k_norm.weight, table, module.q_norm.eps)
+    gains = near(module.q_norm.weight, y), near(module.k_norm.weight, y)
+    q, k = qk_norm_rope_half(q, k, *gains, table, module.q_norm.eps)
     q, k, v = (heads.transpose(1, 2) for heads in (q, k, v))
     h = scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=module.num_heads != module.num_kv_heads)
     return module.o_proj(h.transpose(1, 2).flatten(2))
@@ -113,4 +117,4 @@ def feed_forward(module: MLP, y: torch.Tensor) -> torch.Tensor:
 
 def last_norm(model: Llama2_, x: torch.Tensor) -> torch.Tensor:
     """What the host does behind its last layer."""
-    return norm.rms_modulate(x.contiguous(), model.norm.weight, None, model.norm.eps)
+    return norm.rms_modulate(x.contiguous(), near(model.norm.weight, x), None, model.norm.eps)

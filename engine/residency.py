@@ -10,21 +10,26 @@ from .checkpoint import StateDict
 WORKING_MEMORY = 4 * 2**30
 
 
-def fits(weights: StateDict, dtype: torch.dtype, device: torch.device) -> bool:
+def fits(weights: StateDict, dtype: torch.dtype, device: torch.device, beside: int = 0) -> bool:
     """Whether all weights, held in `dtype` where they are not quantised, can stay on the GPU.
 
-    That is beside what a 1024x1024 picture and the VAE take. Such a model is given to the host's plain patcher: its
+    That is beside other models of so many bytes, and what a 1024x1024 picture and the VAE take. Such a model is given to the host's plain patcher: its
     dynamic one maps weights in when they are used.
     """
     if device.type != "cuda":
         return False
     sizes = (weight.numel() * (dtype.itemsize if held(weight) else weight.itemsize) for weight in weights.values())
-    return sum(sizes) + WORKING_MEMORY <= torch.cuda.get_device_properties(device).total_memory
+    return sum(sizes) + beside + WORKING_MEMORY <= torch.cuda.get_device_properties(device).total_memory
 
 
 def held(weight: torch.Tensor) -> bool:
     """Whether a weight takes on the type that a model is held in: a float that is not quantised."""
     return weight.is_floating_point() and weight.itemsize > 1
+
+
+def near(weight: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """A small weight where x lies: gains of norms are the first that the host offloads, and come along each time."""
+    return weight.to(x.device)
 
 
 def resident_weights(modules: Iterable[torch.nn.Module], device: torch.device) -> tuple[tuple[int, ...], ...] | None:

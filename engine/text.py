@@ -49,6 +49,7 @@ def load_text_encoder(
     embedding_directory: list[str] | None = None,
     precision: str = "auto",
     cache: bool = False,
+    beside: int = 0,
     disable_dynamic: bool = False,
 ):
     """A CLIP from a Qwen3-4B weight file or a diffusers ``text_encoder`` folder (with ``tokenizer`` beside it).
@@ -56,7 +57,8 @@ def load_text_encoder(
     device: where it computes; None is the host's choice. precision: that of the diffusion model. The INT4 ones, which
     are chosen to save memory, hold this model's projections in INT4 too; others hold it as the file does, on a GPU that
     has bf16 in that at most. Products are computed in bf16 where the device has it, but not with 'fp32'. cache: keep
-    the quantised form beside the file. Raises CheckpointError.
+    the quantised form beside the file. beside: bytes of the diffusion model, which is to stay on the same GPU. Raises
+    CheckpointError.
     """
     load_device = device or management.text_encoder_device()
     dtype = torch.float32 if precision == "fp32" else qwen.compute_type(load_device)
@@ -67,7 +69,7 @@ def load_text_encoder(
     formats.check_quantised(checkpoint)
     names = shapes_of(llama.Qwen3_4B(sizes, torch.float32, "meta", comfy.ops.disable_weight_init))
     checkpoint.require(names)
-    if precision in QUANTISED and not formats.is_ours(checkpoint):
+    if precision in QUANTISED and not formats.is_ours(checkpoint) and formats.expandable(checkpoint):
         checkpoint = quantiser.quantised(checkpoint, precision, load_device, quantiser.TEXT_LINEAR)
         if cache:
             quantiser.write_cache(checkpoint, path, precision)
@@ -77,10 +79,11 @@ def load_text_encoder(
         checkpoint = _in_type(checkpoint, dtype, names)
     # The host's own offload device is the main GPU under --gpu-only: wrong for a model placed elsewhere.
     options = {"load_device": load_device} | ({} if device is None else {"offload_device": torch.device("cpu")})
-    clip = _build(path, checkpoint, sizes, dtype, options, embedding_directory, disable_dynamic)
+    resident = disable_dynamic or fits(checkpoint.weights, dtype, load_device, beside)
+    clip = _build(path, checkpoint, sizes, dtype, options, embedding_directory, resident)
     encoder.adopt(clip.cond_stage_model.qwen3_4b, dtype)
     clip.patcher.add_callback(CallbacksMP.ON_DETACH, encoder.free_memory)
-    clip.patcher.cached_patcher_init = (_load_patcher, (path, device, embedding_directory, precision, cache))
+    clip.patcher.cached_patcher_init = (_load_patcher, (path, device, embedding_directory, precision, cache, beside))
     clip.patcher.set_attachments(EMBEDDINGS, Recent(KEPT_PROMPTS))
     return clip
 
@@ -98,14 +101,14 @@ def _build(
     dtype: torch.dtype,
     options: dict,
     embedding_directory,
-    disable_dynamic,
+    resident: bool,
 ):
-    """The host's CLIP that holds these weights. sizes: see `_sizes`; dtype: what products are computed in."""
+    """The host's CLIP that holds these weights. sizes: see `_sizes`; dtype: what products are computed in; resident:
+    whether they stay on the GPU as they are."""
     ours = formats.is_ours(checkpoint)
     if ours:
         options["custom_operations"] = operations(dtype, layouts.COMPUTE_16)
         options["initial_device"] = torch.device("cpu")  # it is loaded when the lines below have been heard
-    resident = disable_dynamic or fits(checkpoint.weights, dtype, options["load_device"])
     if sizes:
         options["qwen3_4b_model_config"] = sizes
         clip = _small_clip(path.parent, checkpoint, options, embedding_directory, resident)
@@ -193,7 +196,7 @@ def encode(clip, text: str) -> list:
 def _remembered(clip, text: str, compute: Callable[[], list]) -> list:
     """What `compute` gives, or gave for this prompt with the same weights and layer; never under hooks."""
     kept = clip.patcher.get_attachment(EMBEDDINGS)
-    hooked = clip.patcher.forced_hooks or clip.apply_hooks_to_conds
+    hooked = clip.patcher.forced_hooks or clip.apply_hooks_to_conds or clip.patcher.injections
     key = (text, clip.patcher.patches_uuid, clip.layer_idx)
     pairs = compute() if kept is None or hooked else kept.get(key, compute)
     return [[states, dict(extra)] for states, extra in pairs]  # nodes add to the dictionary
@@ -207,8 +210,8 @@ def _trim(states: torch.Tensor, extra: dict) -> tuple[torch.Tensor, dict]:
     return states[:, kept], extra | {"attention_mask": mask[:, kept]}
 
 
-def _load_patcher(path: Path, device, embedding_directory, precision, cache, disable_dynamic: bool = False):
-    return load_text_encoder(path, device, embedding_directory, precision, cache, disable_dynamic).patcher
+def _load_patcher(path: Path, device, embedding_directory, precision, cache, beside, disable_dynamic: bool = False):
+    return load_text_encoder(path, device, embedding_directory, precision, cache, beside, disable_dynamic).patcher
 
 
 def _small_clip(folder: Path, checkpoint: Checkpoint, options: dict, embedding_directory, disable_dynamic: bool):

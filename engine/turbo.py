@@ -32,6 +32,7 @@ class TurboNextDiT(NextDiT):
     attention: str
     base: Callable[[], BaseModel | None]
     forwards: Counter
+    bypassed: list[torch.nn.Module]
     norms: list[torch.nn.Module]
     graphs: Graphs
     captions: Recent
@@ -101,6 +102,7 @@ def adopt(module: NextDiT, attention: str = "auto", base: BaseModel | None = Non
     """Make a module of the host ours; its weights and everything that holds them stay as they are."""
     module.__class__, module.attention = TurboNextDiT, attention
     module.base = weakref.ref(base) if base is not None else lambda: None
+    module.bypassed = [part for part in module.modules() if isinstance(part, forward.BYPASSED)]
     module.norms = [layer for layer in module.modules() if isinstance(layer, torch.nn.RMSNorm)]
     module.forwards, module.graphs = Counter(), Graphs(MAX_GRAPHS)
     module.captions, module.tables = Recent(MAX_CAPTIONS), Recent(MAX_TABLES)

@@ -2,12 +2,13 @@
 
 Every backend is a function (q, k, v, lengths) -> out with q [B, H, S, D], k and v [B, H, T, D] of one dtype, any
 strides but a last of 1; lengths [B] integers on their device, or None: keys from lengths[b] on are not attended to (a
-length of 0 gives zeros). out is [B, H, S, D]; where a backend can, it lies in memory as [B, S, H, D], so that
-out.transpose(1, 2).flatten(2) is free. `sdpa` in fp32 is the reference.
+length of 0 gives zeros), but must be finite. out is [B, H, S, D]; where a backend can, it lies in memory as
+[B, S, H, D], so that out.transpose(1, 2).flatten(2) is free. `sdpa` in fp32 is the reference.
 """
 
 import time
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -15,7 +16,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from .arguments import FLOATS, described
 from .flash_attn import flash_attn, flash_attn_module
-from .registry import Backend, Registry, Request, lazily, no_refusal, triton_refusal
+from .registry import Backend, Registry, Request, installed, lazily, no_refusal, triton_refusal, version
 
 ATTENTION = Registry("attention")
 FP8 = "triton-fp8"
@@ -37,7 +38,8 @@ class AttentionRequest(Request):
     @property
     def key(self) -> str:
         sizes = f"{self.batch}x{self.heads}x{self.tokens}x{self.head_dim} on {self.keys} keys"
-        return f"{super().key}, torch {torch.__version__}, {self.dtype}, {sizes}, lengths={self.lengths}"
+        packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "triton", "flash-attn"))
+        return f"{super().key}, {packages}, {self.dtype}, {sizes}, lengths={self.lengths}"
 
 
 def request(q, k, v, lengths=None) -> AttentionRequest:
@@ -169,6 +171,8 @@ def _triton_refusal(request):
 
 
 def _triton_fp8_refusal(request):
+    if request.device.type == "cuda" and installed("triton") and not find_spec("triton.tools.tensor_descriptor"):
+        return f"needs Triton 3.4 or newer, here is {version('triton')}"
     if request.head_dim < 32:
         return f"takes a head dimension of 32, 64 or 128, got {request.head_dim}"
     return _triton_refusal(request) or triton_refusal(replace(request, quantise=True))

@@ -17,6 +17,7 @@ without touching this pack's files:
 
 import functools
 import importlib
+import importlib.metadata
 import importlib.util
 import json
 from collections.abc import Callable
@@ -115,7 +116,7 @@ class Registry:
         fitting = {backend.name: backend for backend in allowed if backend.refusal(request) is None}
         if not fitting:
             raise ValueError(self._complaint(name, request, allowed_error))
-        if measure is None:
+        if measure is None or len(fitting) == 1:
             return next(iter(fitting.values()))
         choices = Choices() if choices is None else choices
         key = f"{self.op}: {request.key}; of {', '.join(fitting)}"
@@ -143,6 +144,15 @@ def lazily(module: str, function: str) -> Callable:
         return getattr(importlib.import_module(f".{module}", __package__), function)(*arguments, **options)
 
     return call
+
+
+@functools.cache
+def version(package: str) -> str:
+    """The version of an installed package, "none" without it."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "none"
 
 
 @functools.cache

@@ -11,6 +11,7 @@ from .arguments import FLOATS, described
 from .registry import Registry, Request, lazily, no_refusal, triton_refusal
 
 WIDE_ATTENTION = Registry("wide_attention")
+WIDENS = "dtype" in torch.ops.aten.mm.overloads()  # whether torch multiplies 16-bit matrices into fp32
 SCORES_BYTES = 64 * 2**20  # of a run of queries, in fp32; half as much again for what multiplies v
 
 
@@ -58,13 +59,13 @@ def _product(a, b):
     """a b in fp32, of 16-bit factors too."""
     if a.dtype == torch.float32:
         return a @ b
-    if a.is_cuda:
+    if a.is_cuda and WIDENS:
         return torch.mm(a, b, out_dtype=torch.float32)
     return a.float() @ b.float()
 
 
 def _triton_refusal(request):
-    if "dtype" not in torch.ops.aten.mm.overloads():
+    if not WIDENS:
         return f"torch {torch.__version__} multiplies 16-bit matrices into 16 bit only"
     return triton_refusal(request)
 

@@ -78,6 +78,20 @@ def test_lora_switches_and_sizes_leave_no_trace(file, precision):
         assert torch.equal(draw(with_lora, SIZES[size]), loud[size])
 
 
+@pytest.mark.parametrize("precision", ["bf16", "int4-fp8"])
+def test_offloaded_norms_come_along(file, precision):
+    """The host offloads the smallest first: the forward stays the fast one, without a graph."""
+    expected = draw(load_model(file, precision), (256, 256))
+    patcher = load_model(file, precision)
+    module = patcher.model.diffusion_model
+    draw(patcher, (256, 256))
+    module.forwards.clear()
+    for norm in module.norms:
+        norm.weight.data = norm.weight.data.cpu()
+    assert torch.equal(draw(patcher, (256, 256)), expected)
+    assert dict(module.forwards) == {turbo.FAST: 8}
+
+
 def test_unloading_frees_the_graphs(file):
     patcher = load_model(file, "bf16")
     before = draw(patcher, (256, 256))

@@ -13,8 +13,8 @@ WORKING_MEMORY = 4 * 2**30
 def fits(weights: StateDict, dtype: torch.dtype, device: torch.device, beside: int = 0) -> bool:
     """Whether all weights, held in `dtype` where they are not quantised, can stay on the GPU.
 
-    That is beside other models of so many bytes, and what a 1024x1024 picture and the VAE take. Such a model is given to the host's plain patcher: its
-    dynamic one maps weights in when they are used.
+    That is beside other models of so many bytes, and what a 1024x1024 picture and the VAE take. Such a model is given
+    to the host's plain patcher: its dynamic one maps weights in when they are used.
     """
     if device.type != "cuda":
         return False

@@ -32,7 +32,6 @@ from kernels import (
     int4_few_rows_triton,
     int4_lanes_triton,
     int4_reference,
-    int4_terms_triton,
     int4_tiles_triton,
 )
 
@@ -44,7 +43,6 @@ BF16, FP8 = torch.bfloat16, torch.float8_e4m3fn
 FEW_ROWS = {
     "chosen": int4_few_rows_triton.linear,
     "lanes": int4_lanes_triton.linear,
-    "terms": int4_terms_triton.linear,
     "tiles": int4_tiles_triton.linear,
 }
 
@@ -213,8 +211,6 @@ def launch_shapes(rows: int):
     """(kernel, shape) to try for a number of rows."""
     yield "chosen", {}
     if rows > 16:
-        for slices in (1, 2, 3, 4, 6, 8, 9, 12):
-            yield "terms", {"slices": slices}
         blocks, cuts = [(2, 4, 1), (2, 2, 2)], (1, 2, 3, 4, 8)
     else:
         blocks, cuts = [(1, 1, 4), (1, 1, 8), (2, 1, 4), (2, 1, 8), (1, 2, 4)], (1, 2)

@@ -201,7 +201,7 @@ def feed_forward(module: FeedForward, y: Rows, factor: float) -> torch.Tensor:
     shape, rows = codes.shape, codes.shape[:2].numel()
     if rows <= ROWS_AT_ONCE:
         return feed_forward_at_once(module, y, factor)
-    run = -(-rows // -(-rows // ROWS_AT_ONCE))
+    run = -(-rows // (16 * -(-rows // ROWS_AT_ONCE))) * 16  # 16 scales of rows begin where cuBLAS wants them to
     parts = [part.flatten(0, -2).split(run) for part in (y if isinstance(y, tuple) else (y,))]
     out = [
         feed_forward_at_once(module, (piece[0][None], *piece[1:]) if isinstance(y, tuple) else piece[0][None], factor)

@@ -119,38 +119,3 @@ def _word_from_lane(table_ptr, own, shape, WORD: tl.constexpr, PTX: tl.constexpr
             "shfl.sync.idx.b32 $0, $1, $2, 31, -1;", "=r,r,r", [own[WORD], shape], dtype=tl.int32, is_pure=True, pack=1
         )
     return tl.load(table_ptr + (shape & 31) * 4 + WORD)
-
-
-@triton.jit
-def look_up_halves(t0, t1, t2, t3, word, PTX: tl.constexpr):
-    """look_up but for its last step, bytes_of_words: (lower, upper, selector), each of the first and last 4 codes."""
-    entry = word & 0x77777777
-    half = ((word >> 1) & 0x44444444) | 0x32103210
-    lower = permute_bytes(t0, t1, entry, PTX), permute_bytes(t0, t1, entry >> 16, PTX)
-    upper = permute_bytes(t2, t3, entry, PTX), permute_bytes(t2, t3, entry >> 16, PTX)
-    return lower, upper, (half, half >> 16)
-
-
-@triton.jit
-def _four_times(word):
-    twice = tl.join(word, word)
-    return tl.join(twice, twice)
-
-
-@triton.jit
-def bytes_of_words(low, high, selector, PTX: tl.constexpr):
-    """permute_bytes as FP8: [..., 2, 2], byte i at [i // 2, i % 2]; fp32 where the interpreter multiplies."""
-    if PTX:
-        return tl.inline_asm_elementwise(
-            "prmt.b32 $0, $1, $5, $9;",
-            "=r,r,r,r,r,r,r,r,r,r,r,r,r",
-            [_four_times(low), _four_times(high), _four_times(selector)],
-            dtype=tl.float8e4nv,
-            is_pure=True,
-            pack=4,
-        )
-    else:
-        word = permute_bytes(low, high, selector, PTX)
-        even = tl.join(word, word >> 16)
-        odd = tl.join(word >> 8, word >> 24)
-        return tl.join(even, odd).to(tl.int8).to(tl.float8e4nv, bitcast=True).to(tl.float32)

@@ -1,4 +1,4 @@
-"""int4.linear in Triton for 17 to 64 rows: weights are decoded to 16 bits in the registers that the tensor core reads.
+"""int4.linear in Triton for 9 to 64 rows: weights are decoded to 16 bits in the registers that the tensor core reads.
 
 A program computes y^T for a block of outputs over a slice of the columns: [BLOCK_N, slice] weights times [slice, M]
 activations, so that the weights are the operand that may come from registers. Outputs and columns of a step are

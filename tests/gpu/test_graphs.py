@@ -87,7 +87,7 @@ def test_offloaded_norms_come_along(file, precision):
     draw(patcher, (256, 256))
     module.forwards.clear()
     for norm in module.norms:
-        norm.weight.data = norm.weight.data.cpu()
+        norm.weight.data, norm.comfy_cast_weights = norm.weight.data.cpu(), True
     assert torch.equal(draw(patcher, (256, 256)), expected)
     assert dict(module.forwards) == {turbo.FAST: 8}
 

@@ -2,13 +2,12 @@
 
 import json
 import os
-import re
 import subprocess
 import sys
 
 import pytest
 
-TILES_WEIGHTS = TERMS_WEIGHTS = 64 * 128 // 128  # of a thread in a step
+TILES_WEIGHTS = 64 * 128 // 128  # of a thread in a step
 LANES_WEIGHTS = 16 * 128 // 32
 EXPAND_WEIGHTS = 512 * 16 // 128
 SCRIPT = """
@@ -21,7 +20,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from zimage_turbo.kernels import int4_expand_triton, int4_lanes_triton, int4_terms_triton, int4_tiles_triton
+from zimage_turbo.kernels import int4_expand_triton, int4_lanes_triton, int4_tiles_triton
 
 
 def compiled(kernel, types, constants):
@@ -50,13 +49,6 @@ for dtype in ("bf16", "fp16"):
         int4_tiles_triton._product_kernel,
         ["*" + dtype, "*i64", "*i64", "*i32", "*fp32", "*" + dtype, "*" + dtype, "i32", "i32", "i32", "i32"],
         {**constants, "FP16": dtype == "fp16", "BLOCK_N": 64, "BLOCK_M": 64},
-    )
-if sys.argv[2] == "90":
-    pointers = ["*fp8e4nv", "*fp32", "*i64", "*i64", "*i32", "*fp32", "*bf16", "*fp32", "*i32", "*bf16"]
-    kernels["terms"] = compiled(
-        int4_terms_triton._product_kernel,
-        [*pointers, "i32", "i32", "i32", "i32"],
-        {**constants, "SPLIT": True, "BLOCK_N": 64, "BLOCK_M": 64},
     )
 print(json.dumps(kernels))
 """
@@ -102,14 +94,3 @@ def test_tiles_are_decoded_where_the_tensor_core_reads_them(ptx, dtype):
         assert "mma.sync" in code
     else:
         assert code.count("wgmma.mma_async") == 8 and "ldmatrix" not in code
-
-
-@pytest.mark.parametrize("ptx", [90], indirect=True)
-def test_terms_meet_decoded_bytes_in_registers(ptx):
-    """6 permutations for 8 weights and 4 shuffles for 16, then the tensor core, in two times 4 products."""
-    code = ptx[1]["terms"]
-    permutations = 6 * TERMS_WEIGHTS // 8
-    assert permutations <= code.count("prmt.b32") < 1.1 * permutations
-    assert code.count("shfl.sync.idx") == 4 * TERMS_WEIGHTS // 16
-    assert len(re.findall(r"wgmma.mma_async\S+e4m3.e4m3", code)) == 8
-    assert "ldmatrix" not in code and "st.shared" not in code.split("wgmma.mma_async")[0]

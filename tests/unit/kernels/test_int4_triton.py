@@ -12,7 +12,6 @@ from zimage_turbo.kernels import (
     int4_lanes_triton,
     int4_quantise_triton,
     int4_reference,
-    int4_terms_triton,
     int4_tiles_triton,
 )
 from zimage_turbo.kernels.arguments import FP8
@@ -80,16 +79,6 @@ def test_linear_in_lanes(device, size, dtype, shape):
 
 
 @products
-@pytest.mark.parametrize("slices", [1, 3, 99])
-def test_linear_in_two_terms(device, size, slices):
-    """The terms hold all that bf16 does."""
-    if device == "cuda" and torch.cuda.get_device_capability()[0] != 9:
-        pytest.skip("the FP8 product of weights in registers is Hopper's")
-    slices = min(slices, size[2] // 128)
-    check_product(partial(int4_terms_triton.linear, slices=slices), device, size, torch.bfloat16)
-
-
-@products
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("warps", "slices"), [(4, 1), (8, 99)])
 def test_linear_in_tiles(device, size, dtype, warps, slices):
@@ -110,11 +99,11 @@ def test_linear_of_few_rows(device, size, dtype):
 def test_launch_shapes_cover_the_product(rows, outputs, columns):
     """A warp has columns to work on, and no slice is empty, on a small GPU and on a large one."""
     for multiprocessors in (40, 132):
-        lanes = int4_few_rows_triton.lanes_shape(rows, outputs, columns, multiprocessors)
+        lanes = int4_few_rows_triton.lanes_shape(outputs, columns, multiprocessors)
         assert 1 <= lanes["along"] * lanes["slices"] <= 2 * (columns // 128)
         assert lanes["along"] * lanes["across"] in (1, 2, 4, 8) and lanes["eights"] in (1, 2, 4, 8)
-        terms = int4_few_rows_triton.terms_shape(rows, outputs, columns, multiprocessors)
-        assert 1 <= terms["slices"] <= columns // 128
+        tiles = int4_few_rows_triton.tiles_shape(rows, outputs, columns, multiprocessors)
+        assert 1 <= tiles["slices"] <= columns // 128
 
 
 @on_devices(cpu=[(2, 40, 128)], cuda=[(2, 3840, 3840), (64, 3840, 3840)])

@@ -22,6 +22,18 @@ def test_speed_of_the_denoiser(pack, page):
 
 
 @pytest.mark.parametrize("page", ["README.md", "README.zh.md"])
+def test_speed_of_the_text_encoder_and_the_vae(pack, page):
+    results, text = pack / "benchmarks" / "results", (pack / page).read_text(encoding="utf-8")
+    rows = json.loads((results / "text_encoder_h100.json").read_text(encoding="utf-8"))["rows"]
+    shown = [(row, row["ms"]) for row in rows if row["tokens"] == 64 and row["what"] != "host in bf16"]
+    rows = json.loads((results / "vae_h100.json").read_text(encoding="utf-8"))["rows"]
+    shown += [(row, row["decode_ms"]) for row in rows if row["batch"] == 1]
+    assert len(shown) == 7
+    for row, milliseconds in shown:
+        assert row["gate"] and f" {milliseconds:.1f} ms" in text
+
+
+@pytest.mark.parametrize("page", ["README.md", "README.zh.md"])
 def test_quality_of_the_demo(pack, page):
     sets = json.loads((pack / "benchmarks" / "results" / "drawing.json").read_text(encoding="utf-8"))["sets"]
     text = (pack / page).read_text(encoding="utf-8")

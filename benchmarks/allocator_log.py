@@ -1,37 +1,25 @@
 """What torch's allocator holds on the GPU over time, and at most in every phase of a run."""
 
 import contextlib
-import threading
-import time
 from collections.abc import Iterator
 
-INTERVAL = 0.01
+from .sampled import Sampled
+
 MIB = 2**20
 
 
-class AllocatorLog:
+class AllocatorLog(Sampled):
     """Samples allocated and reserved bytes every 10 ms from entering to leaving; a phase's peaks are the allocator's.
 
     The peak of reserved memory is what a card must have beside the driver's own context.
     """
 
+    interval = 0.01
+
     def __init__(self) -> None:
+        super().__init__()
         self.samples: list[tuple[float, int, int]] = []  # seconds, allocated, reserved
         self.phases: list[dict] = []
-        self._over = threading.Event()
-        self._thread = threading.Thread(target=self._sample, daemon=True)
-
-    def __enter__(self) -> "AllocatorLog":
-        self._start = time.perf_counter()
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._over.set()
-        self._thread.join()
-
-    def now(self) -> float:
-        return time.perf_counter() - self._start
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[dict]:
@@ -62,11 +50,10 @@ class AllocatorLog:
         )
         return [*rounded[:1], *inner, *rounded[-1:]]
 
-    def _sample(self) -> None:
+    def sample(self) -> None:
         import torch
 
-        while not self._over.wait(INTERVAL):
-            self.samples.append((self.now(), torch.cuda.memory_allocated(), torch.cuda.memory_reserved()))
+        self.samples.append((self.now(), torch.cuda.memory_allocated(), torch.cuda.memory_reserved()))
 
 
 def mib(count: int) -> float:

@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import platform
+import subprocess
 import time
 
 
@@ -21,6 +22,18 @@ def conditions() -> dict[str, str | None]:
         "triton": version("triton"),
         "comfyui": comfyui,
     }
+
+
+def gpu_conditions() -> dict[str, str | int | None]:
+    """The same, printed too, for kernels by themselves: no ComfyUI need be there."""
+    import torch
+
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    driver = subprocess.run(query, check=True, capture_output=True, text=True).stdout.split()[0]
+    about = {"gpu": torch.cuda.get_device_name(), "driver": driver, "torch": torch.__version__}
+    about |= {"triton": version("triton"), "cudnn": torch.backends.cudnn.version(), "date": time.strftime("%Y-%m-%d")}
+    print(", ".join(f"{name} {value}" for name, value in about.items()), flush=True)
+    return about
 
 
 def version(distribution: str) -> str | None:

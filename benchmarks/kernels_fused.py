@@ -10,9 +10,7 @@ result has been held against float64.
 import argparse
 import json
 import statistics
-import subprocess
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -22,6 +20,7 @@ import torch
 from torch.nn.functional import layer_norm, rms_norm, silu
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from benchmarks.conditions import gpu_conditions
 from kernels import attention, norm, rope, swiglu
 from kernels.arguments import quantise_rows
 
@@ -52,22 +51,11 @@ def main() -> None:
     if not torch.cuda.is_available():
         sys.exit("needs an NVIDIA GPU")
     with torch.inference_mode():
-        report = {**machine(), "elementwise": elementwise(), "attention": attention_backends()}
+        report = {**gpu_conditions(), "elementwise": elementwise(), "attention": attention_backends()}
         if arguments.sweep:
             report["sweep"] = sweep()
     if arguments.out:
         arguments.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-
-
-def machine() -> dict:
-    import triton
-
-    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    driver = subprocess.run(query, check=True, capture_output=True, text=True).stdout.split()[0]
-    about = {"gpu": torch.cuda.get_device_name(), "driver": driver, "torch": torch.__version__}
-    about |= {"triton": triton.__version__, "cudnn": torch.backends.cudnn.version(), "date": time.strftime("%Y-%m-%d")}
-    print(", ".join(f"{name} {value}" for name, value in about.items()), flush=True)
-    return about
 
 
 def cases(device, tokens=TOKENS) -> list[Case]:

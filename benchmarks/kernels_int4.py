@@ -12,9 +12,7 @@ import itertools
 import json
 import multiprocessing
 import statistics
-import subprocess
 import sys
-import time
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from importlib.metadata import version
@@ -25,6 +23,7 @@ import torch.nn.functional as F
 import triton
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from benchmarks.conditions import gpu_conditions
 from kernels import (
     fp8,
     hadamard,
@@ -55,7 +54,7 @@ def main() -> None:
     if not torch.cuda.is_available():
         sys.exit("needs an NVIDIA GPU")
     torch.manual_seed(0)
-    report = machine()
+    report = gpu_conditions()
     with torch.inference_mode():
         if arguments.sweep:
             report["sweep"] = sweep()
@@ -66,15 +65,6 @@ def main() -> None:
             report["quantisation"] = quantisation()
     if arguments.out:
         arguments.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-
-
-def machine() -> dict:
-    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    driver = subprocess.run(query, check=True, capture_output=True, text=True).stdout.split()[0]
-    about = {"gpu": torch.cuda.get_device_name(), "driver": driver, "torch": torch.__version__}
-    about |= {"triton": triton.__version__, "date": time.strftime("%Y-%m-%d")}
-    print(", ".join(f"{name} {value}" for name, value in about.items()), flush=True)
-    return about
 
 
 def error(ours: torch.Tensor, exact: torch.Tensor) -> float:

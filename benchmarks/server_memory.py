@@ -1,45 +1,38 @@
 """How much memory a server's processes hold over time: RAM by the system, GPU memory by NVML."""
 
-import threading
-import time
-
 import psutil
 import pynvml
 
-INTERVAL = 0.05
+from .sampled import Sampled
+
 MIB = 1024 * 1024
 
 
-class MemoryLog:
+class MemoryLog(Sampled):
     """Samples the process `pid` and its children every 50 ms from entering to leaving.
 
     GPU memory is that of the processes, as NVML counts it. Where NVML does not see them (it knows processes by their
     numbers outside a container), it is what all GPUs hold more than before: `gpu_by` says which.
     """
 
+    interval = 0.05
+
     def __init__(self, pid: int):
+        super().__init__()
         self.process = psutil.Process(pid)
         self.samples: list[tuple[float, int, int, int]] = []  # seconds, RAM, GPU of the processes, GPU beyond before
-        self._over = threading.Event()
-        self._thread = threading.Thread(target=self._sample, daemon=True)
         self._gpus: list = []
         self._before = 0
 
     def __enter__(self) -> "MemoryLog":
         self._gpus = _gpus()
         self._before = self._used()
-        self._start = time.perf_counter()
-        self._thread.start()
-        return self
+        return super().__enter__()
 
     def __exit__(self, *_: object) -> None:
-        self._over.set()
-        self._thread.join()
+        super().__exit__()
         if self._gpus:
             pynvml.nvmlShutdown()
-
-    def now(self) -> float:
-        return time.perf_counter() - self._start
 
     @property
     def gpu_by(self) -> str | None:
@@ -65,15 +58,14 @@ class MemoryLog:
         gpu = None if self.gpu_by is None else max(sample[2] for sample in recent)
         return {"peak_ram_mib": max(sample[1] for sample in recent), "peak_gpu_mib": gpu}
 
-    def _sample(self) -> None:
-        while not self._over.wait(INTERVAL):
-            try:
-                processes = [self.process, *self.process.children(recursive=True)]
-                ram = sum(process.memory_info().rss for process in processes)
-            except psutil.NoSuchProcess:  # the server, or a child between the two lines, has ended
-                continue
-            held = _held_by({process.pid for process in processes}, self._gpus)
-            self.samples.append((self.now(), ram, held, self._used() - self._before))
+    def sample(self) -> None:
+        try:
+            processes = [self.process, *self.process.children(recursive=True)]
+            ram = sum(process.memory_info().rss for process in processes)
+        except psutil.NoSuchProcess:  # the server, or a child between the two lines, has ended
+            return
+        held = _held_by({process.pid for process in processes}, self._gpus)
+        self.samples.append((self.now(), ram, held, self._used() - self._before))
 
     def _used(self) -> int:
         return sum(pynvml.nvmlDeviceGetMemoryInfo(gpu).used for gpu in self._gpus)

@@ -11,16 +11,15 @@ beyond the first; and it would keep its intermediate results, 1 GiB at 1024x1024
 from collections import Counter
 from collections.abc import Callable
 
-import comfy.model_management
 import comfy.ops
 import torch
 from comfy.ldm.modules.diffusionmodules.model import AttnBlock, Decoder, ResnetBlock
 
 from ..kernels.arguments import FLOATS
 from ..kernels.group_norm import group_norm, residual_group_norm
-from ..kernels.registry import installed
 from ..kernels.upsample import upsample
 from ..kernels.wide_attention import wide_attention
+from .refusal import common_refusal, triton_refusal
 from .residency import replaced
 
 FAST = "fast"
@@ -83,17 +82,13 @@ def device_refusal(device: torch.device) -> str | None:
     """Why the fast decode cannot run on a device; None if it can."""
     if device.type != "cuda":
         return f"it runs on {device.type}"
-    if torch.version.hip or not installed("triton"):
-        return "this GPU has no Triton for CUDA"
-    return None
+    return triton_refusal(device)
 
 
 def refusal(module: FastDecoder, z: torch.Tensor, arguments: dict) -> str | None:
     """Why the fast decode cannot run this request; None if it can. `arguments`: what else the host's got."""
-    if comfy.model_management.in_training or torch.is_grad_enabled():
-        return "gradients are wanted"
-    if torch.compiler.is_compiling():
-        return "torch.compile is tracing"
+    if reason := common_refusal(z.device):
+        return reason
     if arguments:
         return f"the input {next(iter(arguments))} is given"
     if z.ndim != 4 or z.dtype not in FLOATS:

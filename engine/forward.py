@@ -10,14 +10,13 @@ of each half of a block is scaled by a power of two, which the norm behind it un
 import functools
 from dataclasses import dataclass
 
-import comfy.model_management
 import torch
 from comfy.ldm.lumina.model import FeedForward, JointAttention, JointTransformerBlock, NextDiT, pad_zimage, pos_ids_x
 
 from ..kernels import attention, norm, rope, swiglu
 from ..kernels.arguments import FLOATS
-from ..kernels.registry import installed
 from . import layouts
+from .refusal import bypass_refusal, common_refusal
 from .residency import near, replaced
 
 BYPASSED = (JointTransformerBlock, JointAttention, FeedForward, torch.nn.RMSNorm)
@@ -31,14 +30,10 @@ Rows = torch.Tensor | tuple[torch.Tensor, torch.Tensor]  # [B, S, D], or its FP8
 
 def refusal(module: NextDiT, context: torch.Tensor | None, options: dict, arguments: dict) -> str | None:
     """Why the fast forward cannot run this request; None if it can. `arguments`: what else the host's forward got."""
-    if comfy.model_management.in_training or torch.is_grad_enabled():
-        return "gradients are wanted"
-    if torch.compiler.is_compiling():
-        return "torch.compile is tracing"
     if context is None:
         return "there is no text"
-    if context.is_cuda and (torch.version.hip or not installed("triton")):
-        return "this GPU has no Triton for CUDA"
+    if reason := common_refusal(context.device):
+        return reason
     for name in FOREIGN_OPTIONS:
         if options.get(name):
             return f"transformer_options has {name}"
@@ -48,14 +43,11 @@ def refusal(module: NextDiT, context: torch.Tensor | None, options: dict, argume
         absent = value is None or (isinstance(value, list | tuple) and not value)
         if name not in KNOWN_ARGUMENTS and not absent:
             return f"the input {name} is given"
-    return bypass_refusal(module)
+    return bypass_refusal(module.bypassed) or norm_refusal(module)
 
 
-def bypass_refusal(module: NextDiT) -> str | None:
-    """Why blocks and norms cannot be computed without calling them, as the fused kernels do; None if they can."""
-    for part in module.bypassed:
-        if replaced(part) or part._forward_hooks or part._forward_pre_hooks:
-            return f"the forward of a {type(part).__name__} is replaced or hooked"
+def norm_refusal(module: NextDiT) -> str | None:
+    """Why the gains of the norms, which the fused kernels read, cannot be read; None if they can."""
     for layer in module.norms:
         if layer.weight_function:
             return "a norm is patched while it runs"

@@ -15,9 +15,9 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from ..kernels import norm, swiglu
 from ..kernels.arguments import FLOATS
-from ..kernels.registry import installed
 from ..kernels.rope_half import qk_norm_rope_half
-from .residency import near, replaced
+from .refusal import bypass_refusal, common_refusal
+from .residency import near
 
 BYPASSED = (TransformerBlock, Attention, MLP, RMSNorm)
 # Not cuDNN's attention, which makes a plan for every length of prompt that it meets.
@@ -45,12 +45,8 @@ def refusal(encoder: SDClipModel, embeds: torch.Tensor, counts: list[int], embed
     embeds [B, T, D], counts (unmasked tokens of each text) and embeds_info (what stands among the tokens) as the
     host's `process_tokens` gives them.
     """
-    if management.in_training or torch.is_grad_enabled():
-        return "gradients are wanted"
-    if torch.compiler.is_compiling():
-        return "torch.compile is tracing"
-    if embeds.is_cuda and (torch.version.hip or not installed("triton")):
-        return "this GPU has no Triton for CUDA"
+    if reason := common_refusal(embeds.device):
+        return reason
     if layers_wanted(encoder) is None:
         return f"the states of layer {encoder.layer_idx if encoder.layer == 'hidden' else encoder.layer} are wanted"
     if sum(counts) != embeds.shape[0] * embeds.shape[1]:
@@ -58,14 +54,12 @@ def refusal(encoder: SDClipModel, embeds: torch.Tensor, counts: list[int], embed
     foreign = [info["type"] for info in embeds_info if info["type"] != "embedding"]
     if foreign:
         return f"the text holds a {foreign[0]}"
-    return bypass_refusal(encoder)
+    return bypass_refusal(encoder.bypassed) or norm_refusal(encoder)
 
 
-def bypass_refusal(encoder: SDClipModel) -> str | None:
-    """Why layers and norms cannot be computed without calling them, as the fused kernels do; None if they can."""
+def norm_refusal(encoder: SDClipModel) -> str | None:
+    """Why the gains of the norms, which the fused kernels read, cannot be read; None if they can."""
     for part in encoder.bypassed:
-        if replaced(part) or part._forward_hooks or part._forward_pre_hooks:
-            return f"the forward of a {type(part).__name__} is replaced or hooked"
         if isinstance(part, RMSNorm) and part.weight.dtype not in FLOATS:
             return f"norms are stored as {part.weight.dtype}"
     return None

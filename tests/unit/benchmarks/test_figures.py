@@ -1,6 +1,7 @@
 """The figures in the READMEs are those of benchmarks/results."""
 
 import json
+import re
 
 import pytest
 
@@ -31,6 +32,25 @@ def test_speed_of_the_text_encoder_and_the_vae(pack, page):
     assert len(shown) == 7
     for row, milliseconds in shown:
         assert row["gate"] and f" {milliseconds:.1f} ms" in text
+
+
+@pytest.mark.parametrize(
+    ("page", "word"), [("README.md", "{:.1f} to {:.1f} times"), ("README.zh.md", "{:.1f} 到 {:.1f} 倍")]
+)
+def test_speed_of_int4_products(pack, page, word):
+    results, text = pack / "benchmarks" / "results", " ".join((pack / page).read_text(encoding="utf-8").split())
+    ratios = {1: [], 16: [], 64: []}
+    for block in (results / "int4_few_rows_h100.txt").read_text(encoding="utf-8").split("\nN=")[1:]:
+        rows, bf16 = re.search(r" M=(\d+) bf16 ([\d.]+)", block).groups()
+        ours = [float(time) for time in re.findall(r"([\d.]+) kernel=(?:lanes|tiles)", block)]
+        if int(rows) in ratios:
+            ratios[int(rows)].append(float(bf16) / min(ours))
+    assert [len(found) for found in ratios.values()] == [7, 7, 7]
+    lines = (results / "int4_many_rows_h100.txt").read_text(encoding="utf-8").splitlines()
+    many = [float(line.split()[4]) for line in lines if re.match(r" *\d+ +\d+ ", line)]
+    assert len(many) == 4
+    for found in (*ratios.values(), many):
+        assert word.format(min(found), max(found)) in text
 
 
 @pytest.mark.parametrize("page", ["README.md", "README.zh.md"])

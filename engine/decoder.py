@@ -8,6 +8,7 @@ There is no CUDA graph. About 200 launches are queued while the GPU works on ear
 beyond the first; and it would keep its intermediate results, 1 GiB at 1024x1024, reserved between two pictures.
 """
 
+import functools
 from collections import Counter
 from collections.abc import Callable
 
@@ -21,6 +22,7 @@ from ..kernels.upsample import upsample
 from ..kernels.wide_attention import wide_attention
 from .refusal import common_refusal, triton_refusal
 from .residency import replaced
+from .shortage import with_room
 
 FAST = "fast"
 ATTENTION_MEMORY = 256 * 2**20  # a run of queries twice over, and q, k, v with their sum at 1024x1024
@@ -37,7 +39,7 @@ class FastDecoder(Decoder):
     def forward(self, z, **kwargs):
         reason = refusal(self, z, kwargs)
         self.forwards[reason or FAST] += 1
-        return super().forward(z, **kwargs) if reason else decode(self, z)
+        return super().forward(z, **kwargs) if reason else with_room(functools.partial(decode, self), z)
 
 
 def adopt(module: Decoder) -> None:
@@ -67,13 +69,13 @@ def memory_used(module: Decoder) -> Callable[[tuple, torch.dtype], float]:
     """The host's `memory_used_decode`: bytes to decode one picture, by the shape [B, 16, H, W] of its latent.
 
     The most is held at full size: what enters and what leaves the convolution after the last upsampling, or x, h and
-    a convolution's result in a block.
+    a convolution's result in a block. Of a small picture the attention in the middle holds more.
     """
     block, scale = module.up[0].block[0], 4 ** (len(module.up) - 1)
     values = max(2 * block.in_channels, 3 * block.out_channels) * scale
 
     def bytes_used(shape, dtype) -> float:
-        return MARGIN * values * shape[2] * shape[3] * dtype.itemsize + ATTENTION_MEMORY
+        return max(MARGIN * values * shape[2] * shape[3] * dtype.itemsize, ATTENTION_MEMORY)
 
     return bytes_used
 

@@ -11,6 +11,7 @@ from . import qwen
 from .graphs import Graphs
 from .recent import Recent
 from .residency import resident_weights
+from .shortage import with_room
 from .turbo import FAST, REPLAYED
 
 BUCKET = 32  # prompts are padded to a multiple of so many tokens: lengths of one bucket share a graph
@@ -64,7 +65,7 @@ class TurboTextEncoder(Qwen3_4BModel):
                 self.forwards[REPLAYED] += 1
                 return states[:, :count]
         self.forwards[FAST] += 1
-        return run(inputs, table)[:, :count]
+        return with_room(run, inputs, table)[:, :count]
 
 
 def free_memory(patcher, unpatch_all: bool) -> None:

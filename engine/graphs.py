@@ -32,17 +32,28 @@ class Captured:
 
 
 class Graphs:
-    """At most `limit` graphs, the least recently used given up first."""
+    """At most `limit` graphs, the least recently used given up first; none any more once they are `given_up`."""
 
     def __init__(self, limit: int):
         self.captured, self.seen, self.refused = Recent(limit), Counter(), set()
         self.pool, self.stream, self.state = None, None, None
+        self.given_up = False
 
     def clear(self) -> None:
         """Free the graphs and their memory."""
         self.captured.clear()
         self.seen.clear()
         self.pool = None
+
+    def give_up(self) -> None:
+        """Free the graphs for others and capture no more: what was short once would be again at the next picture."""
+        self.clear()
+        self.given_up = True
+
+    @property
+    def device(self) -> torch.device | None:
+        """Where graphs hold memory; None if they hold none."""
+        return None if self.pool is None else self.stream.device
 
     def run(
         self, function: Callable[..., torch.Tensor], inputs: list[torch.Tensor], state: Hashable
@@ -52,6 +63,8 @@ class Graphs:
         The first calls with these shapes are the caller's, so that rare shapes cost no capture. One that fails, for
         want of memory or because something in it cannot be captured, is logged and not tried again.
         """
+        if self.given_up:
+            return None
         if state != self.state:
             self.clear()
             self.refused.clear()

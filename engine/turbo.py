@@ -17,6 +17,7 @@ from .graphs import Graphs
 from .measured import attention_backend
 from .recent import Recent
 from .residency import resident_weights
+from .shortage import with_room
 
 FAST, REPLAYED = "fast", "fast, CUDA graph"
 MAX_GRAPHS, MAX_CAPTIONS, MAX_TABLES = 8, 4, 8
@@ -87,7 +88,7 @@ class TurboNextDiT(NextDiT):
                 self.forwards[REPLAYED] += 1
                 return result
         self.forwards[FAST] += 1
-        return denoise(*inputs)
+        return with_room(denoise, *inputs)
 
 
 def free_memory(patcher, unpatch_all: bool) -> None:

@@ -5,7 +5,7 @@ import comfy.sd
 import pytest
 import torch
 
-from zimage_turbo.engine import forward, graphs, ode, sampling, turbo
+from zimage_turbo.engine import forward, graphs, ode, sampling, shortage, turbo
 from zimage_turbo.engine.model import load_model
 from zimage_turbo.tests.comparison import relative_error
 from zimage_turbo.tests.weights import small_transformer
@@ -99,6 +99,28 @@ def test_unloading_frees_the_graphs(file):
     comfy.model_management.unload_all_models()
     assert not patcher.model.diffusion_model.graphs.captured.values
     assert torch.equal(draw(patcher, (256, 256)), before)
+
+
+def test_a_shortage_takes_the_memory_of_the_graphs(file):
+    """Nobody else can use what a graph has reserved: it is given up for those who find none, and the model draws on."""
+    patcher = load_model(file, "bf16")
+    module = patcher.model.diffusion_model
+    before = draw(patcher, (1024, 1024))
+    torch.cuda.empty_cache()
+    segments = [one for one in torch.cuda.memory_snapshot() if one["segment_pool_id"] == module.graphs.pool]
+    size = sum(segment["total_size"] for segment in segments)
+    torch.cuda.set_per_process_memory_fraction(
+        torch.cuda.memory_reserved() / torch.cuda.get_device_properties(0).total_memory
+    )
+    try:
+        with pytest.raises(torch.cuda.OutOfMemoryError):
+            torch.empty(size, dtype=torch.uint8, device="cuda")
+        shortage.with_room(lambda _: torch.empty(size, dtype=torch.uint8, device="cuda"), torch.empty(0).cuda())
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    module.forwards.clear()
+    assert torch.equal(draw(patcher, (1024, 1024)), before)
+    assert dict(module.forwards) == {turbo.FAST: 8}
 
 
 def test_memory_stays_where_it_is(file):

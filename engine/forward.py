@@ -177,7 +177,11 @@ def attend(module: JointAttention, y: Rows, table: torch.Tensor, compute: Comput
     gains = near(module.q_norm.weight, qkv), near(module.k_norm.weight, qkv)
     normed = functools.partial(rope.qk_norm_rope, qkv, *gains, table, QK_EPS)
     if compute.attention == attention.FP8:
-        h = attention.attention_of_codes(*normed(quantise=True))
+        q, k, v = normed(quantise=True)
+        if takes_rows(module.out):
+            codes, scales = attention.rows_of_codes(q, k, v, compute.factor)
+            return project(module.out, (codes.flatten(2), scales))
+        h = attention.attention_of_codes(q, k, v)
     else:
         h = attention.attention(*normed(layout="tokens"), backend=compute.attention)
     h = h.transpose(1, 2).flatten(2)

@@ -10,9 +10,11 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from .arguments import FP8
 from .heads import BLOCK, quantise_heads
 from .heads_triton import in_token_order
 
+ROUNDED = 1 + 2**-4  # weights may all have been rounded up
 SHIFT = 8.0  # weights times 2^8: FP8 (up to 448, down to 2^-9) then keeps them down to 2^-17 of the largest
 
 
@@ -36,11 +38,23 @@ def _attend(
 
 
 @triton.jit
+def _largest(pointer, count, BLOCK: tl.constexpr = 1024):
+    """The largest of so many positive numbers."""
+    found = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, count, BLOCK):
+        place = start + tl.arange(0, BLOCK)
+        found = tl.maximum(found, tl.load(pointer + place, mask=place < count, other=0.0))
+    return tl.max(found, axis=0)
+
+
+@triton.jit
 def _attention_kernel(
-    q_ptr, k_desc, v_desc, out_ptr, q_scale_ptr, k_scale_ptr, v_scale_ptr, lengths_ptr, scale, heads, tokens, keys,
+    q_ptr, k_desc, v_desc, out_ptr, row_scale_ptr, q_scale_ptr, k_scale_ptr, v_scale_ptr, lengths_ptr,
+    scale, factor, heads, tokens, keys,
     q_batch, q_head, q_token, q_scale_head, q_scale_block, k_scale_head, k_scale_block,
     out_batch, out_head, out_token,
-    LENGTHS: tl.constexpr, SHIFT: tl.constexpr, COMPUTE: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr,
+    LENGTHS: tl.constexpr, QUANTISE: tl.constexpr, SHIFT: tl.constexpr, ROUNDED: tl.constexpr, COMPUTE: tl.constexpr,
+    BLOCK: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     block, plane = tl.program_id(0), tl.program_id(1)
     batch, head = plane.to(tl.int64) // heads, plane.to(tl.int64) % heads
@@ -50,7 +64,9 @@ def _attention_kernel(
     q = tl.load(q_tile, mask=mask, other=0.0).to(COMPUTE)
     scale = scale * tl.load(q_scale_ptr + plane * q_scale_head + block * q_scale_block)
     k_scale_ptr += plane * k_scale_head
-    v_scale_ptr += plane * tl.cdiv(keys, BLOCK)
+    blocks = tl.cdiv(keys, BLOCK)
+    image_v_scale_ptr = v_scale_ptr + batch * heads * blocks
+    v_scale_ptr += plane * blocks
     length = keys
     if LENGTHS:
         length = tl.load(lengths_ptr + batch).to(tl.int32)
@@ -58,7 +74,7 @@ def _attention_kernel(
     total = tl.zeros([BLOCK], tl.float32)
     peak = tl.full([BLOCK], float("-inf"), tl.float32)
     values = tl.zeros([BLOCK, WIDTH], tl.float32)
-    whole, blocks = length // BLOCK, tl.cdiv(keys, BLOCK)
+    whole = length // BLOCK
     # Scales are read a block ahead and carried: as part of the loop's pipeline they would cost a barrier a block.
     k_scale, v_scale = tl.load(k_scale_ptr), tl.load(v_scale_ptr)
     for i in range(0, whole):
@@ -79,6 +95,15 @@ def _attention_kernel(
         )  # fmt: skip
 
     values = values / tl.where(total > 0, total, 1.0)[:, None]
+    if QUANTISE:
+        image_scale = _largest(image_v_scale_ptr, heads * blocks) * ROUNDED
+        if head == 0:
+            tl.store(
+                row_scale_ptr + batch * tokens + query,
+                tl.zeros([BLOCK], tl.float32) + image_scale * factor,
+                mask=query < tokens,
+            )
+        values = values * (1.0 / image_scale)  # the conversion saturates and keeps NaN
     out_tile = out_ptr + batch * out_batch + head * out_head + query[:, None].to(tl.int64) * out_token
     tl.store(out_tile + channel[None, :], values.to(out_ptr.dtype.element_ty), mask=mask)
 
@@ -88,22 +113,43 @@ def attention(q, k, v, lengths):
     return attention_of_codes(quantise_heads(q), quantise_heads(k), v, lengths)
 
 
-def attention_of_codes(q, k, v, lengths, out=None):
+def attention_of_codes(q, k, v, lengths=None, out=None):
     """The same of q and k as `heads` describes them, k's codes contiguous, and of v in 16 bit."""
+    if out is None:
+        out = _by_tokens(q[0], v.dtype)
+    _launch(q, k, v, lengths, out, None, 1.0)
+    return out
+
+
+def rows_of_codes(q, k, v, factor, out=None):
+    """(codes [B, S, H, D], row scales [B S, 1]) in FP8 of `factor` times the same; out: both, to be written into."""
+    if out is None:
+        codes = _by_tokens(q[0], FP8).transpose(1, 2)
+        out = codes, torch.empty(codes.shape[:2].numel(), 1, device=codes.device)
+    codes, row_scales = out
+    _launch(q, k, v, None, codes.transpose(1, 2), row_scales, factor)
+    return out
+
+
+def _by_tokens(q, dtype):
+    """Space for a result [B, H, S, D] that lies in memory as [B, S, H, D]."""
+    batch, heads, tokens, width = q.shape
+    return torch.empty((batch, tokens, heads, width), dtype=dtype, device=q.device).transpose(1, 2)
+
+
+def _launch(q, k, v, lengths, out, row_scales, factor):
     (q, q_scales), (k, k_scales), (v_codes, v_scales) = q, k, quantise_heads(v, transposed=True)
     batch, heads, tokens, width = q.shape
     keys, padded = k.shape[2], v_codes.shape[3]
-    if out is None:
-        out = torch.empty((batch, tokens, heads, width), dtype=v.dtype, device=q.device).transpose(1, 2)
     # the interpreter rounds FP8 wrongly: there all arithmetic is in fp32
     compute = tl.float8e4nv if q.is_cuda else tl.float32
     with torch.cuda.device_of(q):
         _attention_kernel[(triton.cdiv(tokens, BLOCK), batch * heads)](
             q, TensorDescriptor(k, [batch * heads * keys, width], [width, 1], [BLOCK, width]),
             TensorDescriptor(v_codes, [batch * heads * width, padded], [padded, 1], [width, BLOCK]),
-            out, q_scales, k_scales, v_scales, lengths, width**-0.5 * 1.4426950408889634, heads, tokens, keys,
+            out, row_scales, q_scales, k_scales, v_scales, lengths,
+            width**-0.5 * 1.4426950408889634, factor, heads, tokens, keys,
             *q.stride()[:3], *q_scales.stride()[1:], *k_scales.stride()[1:], *out.stride()[:3],
-            LENGTHS=lengths is not None, SHIFT=SHIFT, COMPUTE=compute, BLOCK=BLOCK, WIDTH=width,
-            num_warps=4, num_stages=3,
+            LENGTHS=lengths is not None, QUANTISE=row_scales is not None, SHIFT=SHIFT, ROUNDED=ROUNDED,
+            COMPUTE=compute, BLOCK=BLOCK, WIDTH=width, num_warps=4, num_stages=3,
         )  # fmt: skip
-    return out

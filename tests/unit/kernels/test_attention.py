@@ -119,6 +119,21 @@ def test_attention_of_codes(device, size, ragged):
     assert error(out, exact) <= (2e-6 if device == "cpu" else 0.04)
 
 
+@sizes
+def test_rows_of_codes(device, size):
+    """What attention_of_codes gives, times the factor, in FP8; in the interpreter unrounded."""
+    q, k, v = arguments(size, device, working(device), spread=1)
+    batch, number, tokens, _, width = size
+    q, k = heads.quantise_heads(q, backend="torch"), heads.quantise_heads(k, backend="torch")
+    stored = torch.float32 if device == "cpu" else torch.float8_e4m3fn
+    out = poisoned((batch, tokens, number, width), stored, device), poisoned((batch * tokens, 1), torch.float32, device)
+    codes, scales = attention_fp8_triton.rows_of_codes(q, k, v, 0.5, out)
+    assert codes.double().abs().max() <= 448
+    values = codes.double() * scales.view(batch, tokens, 1, 1) * 2
+    expected = attention_fp8_triton.attention_of_codes(q, k, v).transpose(1, 2)
+    assert error(values, expected) <= (2e-6 if device == "cpu" else 0.03)
+
+
 def by_token(scales, tokens):
     return scales.double().repeat_interleave(heads.BLOCK, 2)[:, :, :tokens, None]
 
@@ -173,13 +188,14 @@ def test_codes_in_a_cuda_graph(keys):
     """As the forward calls it: the norm and rotation put out codes, and what is replayed equals what was computed."""
     q, k = (heads.quantise_heads(normal(1, 30, keys, 128, device="cuda")) for _ in range(2))
     v = normal(1, keys, 3, 30, 128, device="cuda", dtype=torch.bfloat16)[:, :, 2].transpose(1, 2)
-    eager = attention.attention_of_codes(q, k, v)
+    eager = attention.attention_of_codes(q, k, v), *attention.rows_of_codes(q, k, v)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        captured = attention.attention_of_codes(q, k, v)
-    captured.fill_(float("nan"))
+        captured = attention.attention_of_codes(q, k, v), *attention.rows_of_codes(q, k, v)
+    for tensor in captured:
+        tensor.fill_(float("nan"))
     graph.replay()
-    assert torch.equal(captured, eager)
+    assert all(torch.equal(now.float(), before.float()) for now, before in zip(captured, eager, strict=True))
 
 
 def on_gpu(monkeypatch, capability, **changes):

@@ -1,6 +1,6 @@
 """The fused element-wise kernels and attention at Z-Image's sizes, beside eager torch, after a correctness gate.
 
-Run on a machine with an NVIDIA GPU: python benchmarks/kernels_fused.py [--sweep] [--out FILE.json]
+Run on a machine with an NVIDIA GPU: python benchmarks/kernels_fused.py [--sweep | --rows] [--out FILE.json]
 
 Each figure is of one call inside a CUDA graph that goes round three sets of tensors, so that launches cost nothing and
 the caches hold little. TB/s counts every input read once and every output written once. Nothing is timed before every
@@ -12,7 +12,7 @@ import json
 import statistics
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -22,12 +22,17 @@ from torch.nn.functional import layer_norm, rms_norm, silu
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.conditions import gpu_conditions
 from kernels import attention, norm, rope, swiglu
-from kernels.arguments import quantise_rows
+from kernels.arguments import FP8, outputs, quantise_rows
 
 TOKENS, WIDTH, HEADS, HEAD_WIDTH, HIDDEN = 4224, 3840, 30, 128, 10240
 EPS, SETS, REPLAYS = 1e-5, 3, 15
 EXACT = 0.01  # relative error of an attention backend that rounds to bf16 only: 0.003 to 0.005
 ATTENTION_BLOCKS = [(128, 128, 8, 2), (128, 128, 8, 3), (128, 64, 8, 3), (128, 64, 8, 4), (64, 64, 4, 3)]
+
+ROWS_TOKENS = 4160  # of a picture of 1024x1024 and 64 words
+ROW_SPLITS = [(rows, 8, 3) for rows in (1, 2, 4, 8, 11, 16)]  # rows of a program, warps, stages
+ROW_SPLITS += [(rows, warps, 3) for warps in (4, 16) for rows in (4, 8, 11, 16)]
+ROW_SPLITS += [(rows, 8, stages) for stages in (1, 2, 4) for rows in (4, 8, 11)]
 
 
 @dataclass
@@ -43,15 +48,23 @@ class Case:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
+    more = parser.add_mutually_exclusive_group()
+    more.add_argument(
         "--sweep", action="store_true", help="time our attention with other blocks too, and the parts of its FP8 form"
+    )
+    more.add_argument(
+        "--rows", action="store_true", help="time only the norm behind half a block, with other splits of its rows"
     )
     parser.add_argument("--out", type=Path, help="write all figures as JSON")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("needs an NVIDIA GPU")
+    report = gpu_conditions()
     with torch.inference_mode():
-        report = {**gpu_conditions(), "elementwise": elementwise(), "attention": attention_backends()}
+        if arguments.rows:
+            report["rows"] = row_sweep()
+        else:
+            report |= {"elementwise": elementwise(), "attention": attention_backends()}
         if arguments.sweep:
             report["sweep"] = sweep()
     if arguments.out:
@@ -127,10 +140,6 @@ def cases(device, tokens=TOKENS) -> list[Case]:
             lambda *given: rope.qk_norm_rope(*given, EPS, layout="tokens")[:2], eager_rope,
         ),
         Case("silu_mul", gate, lambda a, b: (swiglu.silu_mul(a, b),), eager_gate),
-        Case(
-            "silu_mul_joint", lambda: (tensor(tokens, 2 * HIDDEN, spread=2),),
-            lambda ab: (swiglu.silu_mul_joint(ab),), lambda ab: eager_gate(*ab.chunk(2, 1)),
-        ),
         Case(
             "silu_mul -> fp8", gate, lambda a, b: swiglu.silu_mul(a, b, True), quantised(eager_gate), fp8=True,
         ),
@@ -249,6 +258,40 @@ def sweep() -> list[dict]:
         rows.append({"name": name, "ms": timed(run, sets)})
         print(f"{name:38}{rows[-1]['ms'][1]:9.3f}", flush=True)
     return rows
+
+
+def row_sweep() -> list[dict]:
+    """residual_rms_modulate, into bf16 and FP8, with every split of ROW_SPLITS; the first line is the rule's own."""
+    from kernels import norm_triton
+
+    by_name = {case.name: case for case in cases("cuda", ROWS_TOKENS)}
+    rows = []
+    print(f"\n{'op':30}{'rows':>6}{'warps':>7}{'stages':>8}{'us':>9}{'TB/s':>8}")
+    for case in (by_name["residual_rms_modulate"], by_name["residual_rms_modulate -> fp8"]):
+        sets = [case.make() for _ in range(SETS)]
+        moved = sum(tensor.nbytes for tensor in (*sets[0], *case.ours(*sets[0])))
+        for split in [norm_triton.row_split(ROWS_TOKENS, WIDTH), *ROW_SPLITS]:
+            run = partial(residual_of_split, split, case.fp8)
+            ours, eager = errors(replace(case, ours=run), sets[0])
+            if not ours <= 2 * eager:  # so written that NaN fails
+                sys.exit(f"{case.name} {split}: error {ours:.2e} against {eager:.2e} of eager torch; it was not timed")
+            row = {"name": case.name, "split": split, "ms": timed(run, sets), "bytes": moved}
+            row["tb_s"] = moved / row["ms"][1] / 1e9
+            columns = "{:6}{:7}{:8}".format(*split)
+            print(f"{case.name:30}{columns}{row['ms'][1] * 1e3:9.1f}{row['tb_s']:8.2f}", flush=True)
+            rows.append(row)
+    return rows
+
+
+def residual_of_split(split, quantise, x, h, post_weight, gate, next_weight, scale):
+    """norm.residual_rms_modulate with other rows of a program, warps and stages than the rule's."""
+    from kernels import norm_triton
+
+    x_out, (y, row_scales) = torch.empty_like(x), outputs(x.shape, FP8 if quantise else h.dtype, x.device, None)
+    norm_triton.residual_rms_modulate(
+        x, h, post_weight, gate, next_weight, scale, EPS, 1.0, x_out, y, row_scales, split
+    )
+    return (x_out, y, row_scales) if quantise else (x_out, y)
 
 
 def timed(run: Callable, sets: list[tuple]) -> tuple[float, float, float]:

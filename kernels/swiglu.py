@@ -27,13 +27,6 @@ def silu_mul(a, b, quantise=False, factor=1.0, dtype=None, out=None, backend="au
     return (y, row_scales) if quantise else y
 
 
-def silu_mul_joint(ab, quantise=False, factor=1.0, dtype=None, out=None, backend="auto"):
-    """silu_mul of the halves of one joint projection's output: ab [M, 2 F] holds a, then b, in each row."""
-    if ab.ndim != 2 or ab.shape[1] % 2:
-        raise ValueError(f"ab: expected [M, 2 F], got {described(ab)}")
-    return silu_mul(*ab.chunk(2, dim=1), quantise, factor, dtype, out, backend)
-
-
 def silu_mul_reference(a, b, factor, y, row_scales):
     write(torch.nn.functional.silu(a.float()) * b.float() * factor, y, row_scales)
 

@@ -158,6 +158,60 @@ def test_fp8_rows(device, size, dtype):
     )
 
 
+splits = pytest.mark.parametrize(
+    "split",
+    [(1, 4, 1), (2, 4, 3), (3, 8, 3), (5, 1, 2), (8, 4, 4)],
+    ids=lambda split: "rows{}-warps{}-stages{}".format(*split),
+)
+images = on_devices(cpu=[(3, 1, 64), (2, 5, 100), (1, 8, 64), (3, 7, 72)], cuda=[(2, 4160, 3840), (3, 33, 3840)])
+
+
+@images
+@splits
+@pytest.mark.parametrize("quantise", [False, True], ids=["fp32", "fp8"])
+def test_rows_of_a_program_belong_to_one_image(device, size, split, quantise):
+    """However many rows a program takes, each gets its own image's gate and scale, and each is written once."""
+    x, h, post_weight, next_weight, scale, gate = arguments(size, device, torch.float32)
+
+    def poisoned_rows():
+        if quantise:
+            return poisoned(size, FP8, device), poisoned((size[0] * size[1], 1), torch.float32, device)
+        return poisoned(size, torch.float32, device), None
+
+    def same(ours, x):
+        reference = norm.rms_modulate(x, next_weight, scale, EPS, quantise, backend="torch")
+        if quantise:
+            accuracy.same_fp8(ours, reference)
+        else:
+            assert error(ours[0], reference) < 1e-6
+
+    rows = poisoned_rows()
+    norm_triton.rms_modulate(x, next_weight, scale, EPS, *rows, split)
+    same(rows, x)
+    if not quantise:
+        norm_triton.layer_modulate(x, scale, EPS, rows[0], split)
+        assert error(rows[0], norm.layer_modulate(x, scale, EPS, backend="torch")) < 1e-6
+    sums, rows = x.clone(), poisoned_rows()
+    norm_triton.residual_rms_modulate(sums, h, post_weight, gate, next_weight, scale, EPS, 1.0, sums, *rows, split)
+    alone = norm.residual_rms_modulate(x, h, post_weight, gate, None, None, EPS, backend="torch")
+    assert error(sums, alone) < 1e-6
+    same(rows, sums)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "width", "split"),
+    [
+        (1, 3840, (1, 8, 3)),
+        (396, 3840, (1, 8, 3)),
+        (397, 3840, (2, 8, 3)),
+        (4160, 3840, (11, 8, 3)),
+        (8, 10240, (1, 16, 1)),
+    ],
+)
+def test_few_rows_have_a_program_each(tokens, width, split):
+    assert norm_triton.row_split(tokens, width) == split
+
+
 @sizes
 @dtypes
 @pytest.mark.parametrize("stream", [torch.float32, None], ids=["fp32-stream", "same"])

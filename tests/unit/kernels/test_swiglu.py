@@ -1,4 +1,4 @@
-"""SiLU times the other projection, from two tensors or one, in 16 bit and as FP8 rows."""
+"""SiLU times the other projection, in 16 bit and as FP8 rows."""
 
 import pytest
 import torch
@@ -20,19 +20,17 @@ def eager(a, b):
 
 @sizes
 @dtypes
-@pytest.mark.parametrize("joint", [False, True], ids=["two", "joint"])
-def test_silu_mul(device, size, dtype, joint):
-    ab = normal(size[0], 2 * size[1], device=device, dtype=dtype, spread=4)
-    a, b = ab.chunk(2, dim=1)
-    if not joint:
+@pytest.mark.parametrize("apart", [False, True], ids=["contiguous", "rows-apart"])
+def test_silu_mul(device, size, dtype, apart):
+    a, b = normal(size[0], 2 * size[1], device=device, dtype=dtype, spread=4).chunk(2, dim=1)
+    if not apart:
         a, b = a.contiguous(), b.contiguous()
     exact = eager(a.double(), b.double())
     allowed = max(2 * error(eager(a, b), exact), 1e-6)
     y = poisoned(size, storable(dtype, device), device)
     swiglu_triton.silu_mul(a, b, 1.0, y, None)
     assert error(y, exact) <= allowed
-    ours = swiglu.silu_mul_joint(ab, backend="torch") if joint else swiglu.silu_mul(a, b, backend="torch")
-    assert error(ours, exact) <= allowed
+    assert error(swiglu.silu_mul(a, b, backend="torch"), exact) <= allowed
 
 
 @sizes
@@ -96,8 +94,3 @@ def test_pieces_cover_a_row(width, pieces):
 def test_refusals_name_what_was_given(change, complaint):
     with pytest.raises(ValueError, match=complaint):
         swiglu.silu_mul(**{"a": torch.zeros(3, 64), "b": torch.zeros(3, 64), **change})
-
-
-def test_an_odd_joint_row_is_refused():
-    with pytest.raises(ValueError, match=r"ab: expected \[M, 2 F\], got \[3, 65\]"):
-        swiglu.silu_mul_joint(torch.zeros(3, 65))

@@ -4,48 +4,57 @@ import torch
 import triton
 import triton.language as tl
 
+ROWS, WARPS = 2, 4  # tokens that a program takes one after another, so that gains and scales are read once
+
 
 @triton.jit
 def _qk_norm_rope_kernel(
     qkv_ptr, q_weight_ptr, k_weight_ptr, table_ptr, q_ptr, k_ptr, scales_ptr,
-    q_batch, q_head, q_token, k_batch, k_head, k_token, table_batch, tokens, heads, eps, bound,
-    QUANTISE: tl.constexpr, WIDTH: tl.constexpr, HEADS: tl.constexpr, BLOCK: tl.constexpr,
+    q_batch, q_head, q_token, k_batch, k_head, k_token, table_batch, rows, tokens, heads, eps, bound,
+    QUANTISE: tl.constexpr, WIDTH: tl.constexpr, HEADS: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)
+    first = tl.program_id(0) * ROWS
     part = tl.program_id(1)
-    image, token = row // tokens, row % tokens
     head, channel = tl.arange(0, HEADS), tl.arange(0, BLOCK)
-    mask = (head < heads)[:, None] & (channel < WIDTH)[None, :]
-    source = qkv_ptr + (row * 3 + part) * heads * WIDTH + head[:, None] * WIDTH + channel[None, :]
-    weight_ptr = q_weight_ptr
-    target = q_ptr + image * q_batch + token * q_token + head[:, None].to(tl.int64) * q_head
+    inside = channel < WIDTH
+    mask = (head < heads)[:, None] & inside[None, :]
+    place = (head * WIDTH)[:, None] + channel[None, :]
+    qkv_ptr += part * heads * WIDTH
+    x = tl.load(qkv_ptr + first.to(tl.int64) * 3 * heads * WIDTH + place, mask=mask, other=0.0)
+    weight_ptr, target, batch_stride, head_stride, token_stride = q_weight_ptr, q_ptr, q_batch, q_head, q_token
     if part == 1:
-        weight_ptr = k_weight_ptr
-        target = k_ptr + image * k_batch + token * k_token + head[:, None].to(tl.int64) * k_head
-    weight = tl.load(weight_ptr + channel, mask=channel < WIDTH, other=0.0).to(tl.float32)
-    pair = tl.arange(0, BLOCK // 2)
-    entry = table_ptr + image * table_batch + token * WIDTH + 2 * pair
-    cos = tl.load(entry, mask=pair < WIDTH // 2, other=0.0)[None, :]
-    sin = tl.load(entry + 1, mask=pair < WIDTH // 2, other=0.0)[None, :]
-    x = tl.load(source, mask=mask, other=0.0).to(tl.float32)
-    x = x * tl.rsqrt(tl.sum(x * x, axis=1) / WIDTH + eps)[:, None] * weight[None, :]
-    a, b = tl.split(tl.reshape(x, (HEADS, BLOCK // 2, 2)))
-    x = tl.reshape(tl.join(a * cos - b * sin, a * sin + b * cos), (HEADS, BLOCK))
+        weight_ptr, target, batch_stride, head_stride, token_stride = k_weight_ptr, k_ptr, k_batch, k_head, k_token
+    target += head[:, None].to(tl.int64) * head_stride + channel[None, :]
+    weight = tl.load(weight_ptr + channel, mask=inside, other=0.0).to(tl.float32)
     if QUANTISE:
         scale = tl.maximum(tl.max(tl.abs(weight)), 1e-12) * bound
-        if row == 0:
+        if first == 0:
             tl.store(scales_ptr + part, scale)
-        x = x * (1.0 / scale)
-    tl.store(target + channel[None, :], x.to(q_ptr.dtype.element_ty), mask=mask)
+        weight = weight * (1.0 / scale)
+    end = tl.minimum(first + ROWS, rows)
+    for row in range(first, end):
+        image, token = (row // tokens).to(tl.int64), row % tokens
+        # Cosine and sine of a pair lie beside each other, as its two numbers do: one wide load in the layout of x.
+        turn = tl.load(table_ptr + image * table_batch + token * WIDTH + channel, mask=inside, other=0.0)
+        cos, sin = tl.split(tl.reshape(turn, (1, BLOCK // 2, 2)))
+        y = x.to(tl.float32)
+        ahead = tl.minimum(row + 1, rows - 1)
+        x = tl.load(qkv_ptr + ahead.to(tl.int64) * 3 * heads * WIDTH + place, mask=mask & (ahead < end), other=0.0)
+        y = y * tl.rsqrt(tl.sum(y * y, axis=1) / WIDTH + eps)[:, None] * weight[None, :]
+        a, b = tl.split(tl.reshape(y, (HEADS, BLOCK // 2, 2)))
+        y = tl.reshape(tl.join(a * cos - b * sin, a * sin + b * cos), (HEADS, BLOCK))
+        tl.store(
+            target + image * batch_stride + token.to(tl.int64) * token_stride, y.to(q_ptr.dtype.element_ty), mask=mask
+        )
 
 
 def qk_norm_rope(qkv, q_weight, k_weight, table, eps, out, scales):
     batch, tokens, _, heads, width = qkv.shape
     q, k = out
     with torch.cuda.device_of(qkv):
-        _qk_norm_rope_kernel[(batch * tokens, 2)](
+        _qk_norm_rope_kernel[(triton.cdiv(batch * tokens, ROWS), 2)](
             qkv, q_weight, k_weight, table, q, k, scales,
             *q.stride()[:3], *k.stride()[:3], table.stride(0) if table.ndim == 4 else 0,
-            tokens, heads, eps, width**0.5 / 448, QUANTISE=scales is not None, WIDTH=width,
-            HEADS=triton.next_power_of_2(heads), BLOCK=triton.next_power_of_2(width), num_warps=8,
+            batch * tokens, tokens, heads, eps, width**0.5 / 448, QUANTISE=scales is not None, WIDTH=width,
+            HEADS=triton.next_power_of_2(heads), BLOCK=triton.next_power_of_2(width), ROWS=ROWS, num_warps=WARPS,
         )  # fmt: skip

@@ -15,7 +15,8 @@ from comfy.ldm.lumina.model import FeedForward, JointAttention, JointTransformer
 
 from ..kernels import attention, norm, rope, swiglu
 from ..kernels.arguments import FLOATS
-from . import layouts
+from . import expansion, layouts
+from .expansion import Expanded
 from .refusal import bypass_refusal, common_refusal
 from .residency import near, replaced
 
@@ -128,12 +129,14 @@ def run_blocks(
     x, factor = x.to(compute.residual).contiguous(), compute.factor
     modulations = [modulation(block, time) for block in blocks]
     y = begin(x, blocks[0].attention_norm1, modulations[0][0], blocks[0].attention.qkv, compute.dtype)
-    last = len(blocks) - 1
+    last, expanded = len(blocks) - 1, {}
     for i, (block, (_, gate_attention, scale_ffn, gate_ffn)) in enumerate(zip(blocks, modulations, strict=True)):
-        h = attend(block.attention, y, table, compute)
         w1 = block.feed_forward.w1
+        following = [block.attention.out, w1, block.feed_forward.w3, block.feed_forward.w2]
+        following += [blocks[i + 1].attention.qkv] if i < last else []
+        h, expanded = attend(block.attention, y, table, compute, expanded, following)
         x, y = add(x, h, factor, block.attention_norm2, gate_attention, block.ffn_norm1, scale_ffn, w1)
-        h = feed_forward(block.feed_forward, y, factor)
+        h = feed_forward(block.feed_forward, y, factor, expanded)
         if i == last:
             post = block.ffn_norm2
             return norm.residual_rms_modulate(
@@ -171,24 +174,43 @@ def add(x, h, factor, post_norm, gate, next_norm, scale, next_linear) -> tuple[t
     return x, tuple(y) if quantise else y[0]
 
 
-def attend(module: JointAttention, y: Rows, table: torch.Tensor, compute: Compute) -> torch.Tensor:
-    """The attention half of a block between its norms: [B, S, D], times compute.factor."""
-    qkv = project(module.qkv, y).unflatten(-1, (3, module.n_local_heads, -1))
+def attend(
+    module: JointAttention,
+    y: Rows,
+    table: torch.Tensor,
+    compute: Compute,
+    expanded: Expanded,
+    following: list[torch.nn.Module],
+) -> tuple[torch.Tensor, Expanded]:
+    """The attention half of a block between its norms, [B, S, D] times compute.factor.
+
+    expanded: weights that are at hand for it; the second result: those of the linears from its last on to the next
+    attention, `following`, as far as they could be expanded beside this one.
+    """
+    qkv = project(module.qkv, y, expanded).unflatten(-1, (3, module.n_local_heads, -1))
     gains = near(module.q_norm.weight, qkv), near(module.k_norm.weight, qkv)
     normed = functools.partial(rope.qk_norm_rope, qkv, *gains, table, QK_EPS)
-    if compute.attention == attention.FP8:
-        q, k, v = normed(quantise=True)
+    if compute.attention != attention.FP8:
+        h = attention.attention(*normed(layout="tokens"), backend=compute.attention)
+        return project_heads(module.out, h, compute.factor), {}
+    q, k, v = normed(quantise=True)
+    with expansion.beside(filter(takes_rows, following), attention.work(q[0], k[0])) as expanded:
         if takes_rows(module.out):
             codes, scales = attention.rows_of_codes(q, k, v, compute.factor)
-            return project(module.out, (codes.flatten(2), scales))
-        h = attention.attention_of_codes(q, k, v)
-    else:
-        h = attention.attention(*normed(layout="tokens"), backend=compute.attention)
+        else:
+            h = attention.attention_of_codes(q, k, v)
+    if takes_rows(module.out):
+        return project(module.out, (codes.flatten(2), scales), expanded), expanded
+    return project_heads(module.out, h, compute.factor), expanded
+
+
+def project_heads(linear: torch.nn.Module, h: torch.Tensor, factor: float) -> torch.Tensor:
+    """Heads [B, H, S, D / H] times factor and a linear's weight: [B, S, D]."""
     h = h.transpose(1, 2).flatten(2)
-    return module.out(h if compute.factor == 1.0 else h * compute.factor)
+    return linear(h if factor == 1.0 else h * factor)
 
 
-def feed_forward(module: FeedForward, y: Rows, factor: float) -> torch.Tensor:
+def feed_forward(module: FeedForward, y: Rows, factor: float, expanded: Expanded) -> torch.Tensor:
     """The feed-forward half of a block between its norms: [B, S, D], times factor.
 
     Its inner values are 2.7 times as wide as x; of more than ROWS_AT_ONCE rows one run after another is computed.
@@ -196,21 +218,21 @@ def feed_forward(module: FeedForward, y: Rows, factor: float) -> torch.Tensor:
     codes = y[0] if isinstance(y, tuple) else y
     shape, rows = codes.shape, codes.shape[:2].numel()
     if rows <= ROWS_AT_ONCE:
-        return feed_forward_at_once(module, y, factor)
+        return feed_forward_at_once(module, y, factor, expanded)
     run = -(-rows // (16 * -(-rows // ROWS_AT_ONCE))) * 16  # 16 scales of rows begin where cuBLAS wants them to
     parts = [part.flatten(0, -2).split(run) for part in (y if isinstance(y, tuple) else (y,))]
+    pieces = [(piece[0][None], *piece[1:]) for piece in zip(*parts, strict=True)]
     out = [
-        feed_forward_at_once(module, (piece[0][None], *piece[1:]) if isinstance(y, tuple) else piece[0][None], factor)
-        for piece in zip(*parts, strict=True)
+        feed_forward_at_once(module, piece if isinstance(y, tuple) else piece[0], factor, expanded) for piece in pieces
     ]
     return torch.cat(out, 1).view(shape)
 
 
-def feed_forward_at_once(module: FeedForward, y: Rows, factor: float) -> torch.Tensor:
-    gate, value = project(module.w1, y), project(module.w3, y)
+def feed_forward_at_once(module: FeedForward, y: Rows, factor: float, expanded: Expanded) -> torch.Tensor:
+    gate, value = project(module.w1, y, expanded), project(module.w3, y, expanded)
     shape, quantise = gate.shape, takes_rows(module.w2)
     h = swiglu.silu_mul(gate.flatten(0, 1), value.flatten(0, 1), quantise, factor)
-    return project(module.w2, (h[0].view(shape), h[1]) if quantise else h.view(shape))
+    return project(module.w2, (h[0].view(shape), h[1]) if quantise else h.view(shape), expanded)
 
 
 def takes_rows(linear: torch.nn.Module) -> bool:
@@ -218,10 +240,10 @@ def takes_rows(linear: torch.nn.Module) -> bool:
     return not (linear.weight_function or replaced(linear)) and layouts.takes_rows(linear.weight)
 
 
-def project(linear: torch.nn.Module, y: Rows) -> torch.Tensor:
+def project(linear: torch.nn.Module, y: Rows, expanded: Expanded) -> torch.Tensor:
     """y times a linear's weight, [B, S, N] in the linear's own type."""
     if isinstance(y, torch.Tensor):
         return linear(y)
     codes, scales = y
-    out = layouts.multiply_rows(codes.flatten(0, 1), scales, linear.weight, linear.bias)
+    out = layouts.multiply_rows(codes.flatten(0, 1), scales, linear.weight, linear.bias, expanded.get(linear))
     return out.unflatten(0, codes.shape[:2])

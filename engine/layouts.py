@@ -106,11 +106,20 @@ def takes_rows(weight: torch.Tensor) -> bool:
     return weight._layout_cls == Fp8Layout.__name__ or (params.compute == COMPUTE_FP8 and not params.rotated)
 
 
-def multiply_rows(codes: torch.Tensor, scales: torch.Tensor, weight: QuantizedTensor, bias=None) -> torch.Tensor:
-    """FP8 rows [M, K] with scales [M, 1] times a weight that `takes_rows`: [M, N] in the weight's own type."""
+def is_int4(weight: torch.Tensor) -> bool:
+    return isinstance(weight, QuantizedTensor) and weight._layout_cls == Int4Layout.__name__
+
+
+def multiply_rows(
+    codes: torch.Tensor, scales: torch.Tensor, weight: QuantizedTensor, bias=None, expanded: torch.Tensor | None = None
+) -> torch.Tensor:
+    """FP8 rows [M, K] with scales [M, 1] times a weight that `takes_rows`: [M, N] in the weight's own type.
+
+    expanded: the FP8 codes [N, K] of an INT4 weight, if they are at hand.
+    """
     params, stored = weight._params, weight._qdata
-    if weight._layout_cls == Int4Layout.__name__:
-        stored = int4.expand(packed(stored, params), torch.float8_e4m3fn)
+    if is_int4(weight):
+        stored = int4.expand(packed(stored, params), torch.float8_e4m3fn) if expanded is None else expanded
     return fp8.linear(codes, scales, stored, params.scale, bias, params.orig_dtype)
 
 

@@ -89,6 +89,11 @@ def rows_of_codes(q, k, v, factor=1.0):
     return _rows_of_codes(q, k, v, factor)
 
 
+def work(q, k) -> int:
+    """Floating-point operations of attention with queries [B, H, S, D] and keys [B, H, T, D]."""
+    return 4 * q.numel() * k.shape[2]
+
+
 def timing(q, k, v, lengths=None, repeats=10):
     """A `measure` for ATTENTION.choose: seconds of a backend on these tensors, after a call that compiles it.
 

@@ -108,12 +108,15 @@ def quantise(weight: torch.Tensor, rotate: bool | None = None, stochastic_seed: 
     return Int4Weight(codes, groups, scales, rotate)
 
 
-def expand(weight: Int4Weight, dtype: torch.dtype, out: torch.Tensor | None = None) -> torch.Tensor:
+def expand(
+    weight: Int4Weight, dtype: torch.dtype, out: torch.Tensor | None = None, programs: int | None = None
+) -> torch.Tensor:
     """The weight [N, K] in its stored basis: the decoding of the module's docstring, without undoing a rotation.
 
     dtype float8_e4m3fn gives the FP8 bytes: row n is still to be multiplied by scales[n]. bf16, fp16 and fp32 include
-    the scales: exact, but for weights that fp16 cannot hold. out: a contiguous [N, K] of dtype to write into. Raises
-    ValueError on another dtype or out.
+    the scales: exact, but for weights that fp16 cannot hold. out: a contiguous [N, K] of dtype to write into. programs:
+    of a kernel, to share the FP8 form's work, so that other kernels find room beside them; None: one for every piece
+    of work. Raises ValueError on another dtype or out.
     """
     if dtype not in (FP8, *FLOATS):
         raise ValueError(f"int4.expand: expected dtype float8_e4m3fn, bfloat16, float16 or float32, got {dtype}")
@@ -128,7 +131,7 @@ def expand(weight: Int4Weight, dtype: torch.dtype, out: torch.Tensor | None = No
     if dtype != torch.float32 and _runs_triton(device):
         from . import int4_expand_triton
 
-        return int4_expand_triton.expand(weight.codes, weight.groups, weight.scales, out)
+        return int4_expand_triton.expand(weight.codes, weight.groups, weight.scales, out, programs)
     return int4_reference.expand(weight.codes, weight.groups, weight.scales, out)
 
 

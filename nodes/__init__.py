@@ -3,7 +3,15 @@
 from .health import ZImageTurboHealth
 from .loader import ZImageTurboLoader
 from .sampler import ZImageTurboSampler
+from .save import ZImageTurboSaveImage
 from .sigmas import ZImageTurboSigmas
 from .text_encoder import ZImageTurboTextEncode
 
-NODES = [ZImageTurboLoader, ZImageTurboTextEncode, ZImageTurboSampler, ZImageTurboSigmas, ZImageTurboHealth]
+NODES = [
+    ZImageTurboLoader,
+    ZImageTurboTextEncode,
+    ZImageTurboSampler,
+    ZImageTurboSaveImage,
+    ZImageTurboSigmas,
+    ZImageTurboHealth,
+]

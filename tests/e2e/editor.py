@@ -14,7 +14,7 @@ BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 WORKFLOW = "Z-Image-Turbo_SingleCard"
 PATIENCE_MS = 60_000
 SHOWN_PICTURE = """() => window.app.graph.nodes
-    .filter(node => node.type === 'SaveImage')
+    .filter(node => node.type === 'ZImageTurboSaveImage')
     .flatMap(node => node.imgs ?? [])
     .filter(image => image.complete && image.naturalWidth > 0)
     .map(image => [image.src, image.naturalWidth, image.naturalHeight])[0]"""
@@ -89,6 +89,18 @@ class Editor:
             }""",
             [node_type, name, value],
         )
+
+    def wait_for_value(self, node_type: str, name: str, value: Any) -> None:
+        """Wait until a field has this value."""
+        self.page.wait_for_function(
+            """([type, name, value]) => window.app.graph?.nodes.find(node => node.type === type)
+                ?.widgets.find(widget => widget.name === name)?.value === value""",
+            arg=[node_type, name, value],
+        )
+
+    def open_file(self, path: Path) -> None:
+        """As by the menu's Open."""
+        self.page.locator("#comfy-file-input").set_input_files(path)
 
     def select(self, node_type: str) -> None:
         self.page.evaluate(

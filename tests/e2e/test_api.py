@@ -55,6 +55,25 @@ async def test_the_picture_carries_its_prompt_and_workflow(comfy, pack):
     assert json.loads(picture.info["workflow"]) == workflow
 
 
+async def test_our_file_and_the_hosts_hold_the_same(comfy):
+    graph = turbo(seed=2, steps=1, batch_size=3, filename_prefix="both/sign_%width%")
+    graph["6"] = graphs.node("SaveImage", images=[graphs.DECODE, 0], filename_prefix="both/host_%width%")
+    result = await comfy.run(graph, extra_pnginfo={"workflow": {"extra": {"说明": "红色"}}})
+    ours, theirs = (result.outputs[key]["images"] for key in (graphs.SAVE, "6"))
+    assert [image["filename"] for image in ours] == [f"sign_256_{number:05}_.png" for number in (1, 2, 3)]
+    assert [image | {"filename": image["filename"].replace("host", "sign")} for image in theirs] == ours
+    for one, other in zip(ours, theirs, strict=True):
+        one, other = await comfy.picture(one), await comfy.picture(other)
+        assert one.mode == other.mode and one.info == other.info and one.info["workflow"]
+        assert np.array_equal(np.asarray(one), np.asarray(other))
+
+
+async def test_saving_a_batch_tells_its_progress(comfy):
+    result = await comfy.run(turbo(seed=2, steps=1, batch_size=4))
+    told = [data for data in result.told("progress") if data["node"] == graphs.SAVE]
+    assert told[0]["max"] == 4 and told[-1]["value"] == 4
+
+
 async def test_the_picture_tells_no_path_of_the_machine(comfy, pack):
     result = await comfy.run(turbo(seed=2, steps=1))
     assert str(pack.resolve()) not in (await comfy.picture(result.images[0])).info["prompt"]

@@ -75,6 +75,16 @@ async def test_a_latent_that_the_model_cannot_take_is_named(comfy, base, name):
     assert_clear(result.error["exception_message"], says)
 
 
+async def test_a_folder_that_cannot_be_written_is_named(comfy, base):
+    taken = base / "output" / "taken"
+    taken.parent.mkdir(exist_ok=True)
+    taken.write_text("a file")
+    result = await failed(comfy, turbo(seed=41, steps=1, width=64, height=64, filename_prefix="taken/sign"))
+    taken.unlink()
+    assert result.error["node_type"] == "ZImageTurboSaveImage"
+    assert_clear(result.error["exception_message"], ("'taken/sign'", "Not a directory", "another prefix"))
+
+
 async def test_an_unknown_input_is_ignored(comfy):
     graph = turbo(seed=40, steps=1, width=64, height=64)
     expected = await comfy.draw(graph)

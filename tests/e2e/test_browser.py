@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import time
 import urllib.request
 
 import numpy as np
@@ -84,6 +85,22 @@ def test_the_workflow_from_the_templates_runs(newcomer, pack):
     newcomer.run()
     address, _, _ = newcomer.picture()
     assert shows_the_saved_prompt(pixels(address))
+
+
+def test_a_saved_picture_bears_its_name_and_opens_its_workflow(editor, base):
+    prefix = "opened/%ZImageTurboSampler.steps%_%date:yyyy%"
+    editor.set("ZImageTurboTextEncode", "text", "a green star")
+    editor.set("ZImageTurboSaveImage", "filename_prefix", prefix)
+    editor.run()
+    address, _, _ = editor.picture()
+    (file,) = (base / "output" / "opened").iterdir()
+    assert file.name == f"8_{time.localtime().tm_year}_00001_.png"
+    assert file.name in address
+    editor.set("ZImageTurboTextEncode", "text", "another prompt")
+    editor.open_file(file)
+    editor.wait_for_value("ZImageTurboTextEncode", "text", "a green star")
+    editor.wait_for_value("ZImageTurboSaveImage", "filename_prefix", prefix)
+    assert all(node["known"] and not node["has_errors"] for node in editor.nodes())
 
 
 def test_the_graph_stands_as_shipped(editor, pack):

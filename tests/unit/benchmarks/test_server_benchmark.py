@@ -59,6 +59,14 @@ def test_a_graph_asks_for_what_the_request_says(nodes):
     assert given.get("precision") == (None if nodes == STOCK else "int4")
 
 
+@pytest.mark.parametrize(
+    ("nodes", "saver"), [(STOCK, "SaveImage"), (MIXED, "SaveImage"), (OURS, "ZImageTurboSaveImage")]
+)
+def test_everyone_saves_with_a_node_of_its_own(nodes, saver):
+    graph = Contestant("", nodes, "int4").graph(REQUEST, FILES)
+    assert [node["class_type"] for node in graph.values() if "Save" in node["class_type"]] == [saver]
+
+
 def test_no_timed_prompt_comes_twice():
     nowhere = Path()
     plan = Plan(nowhere, nowhere, nowhere, nowhere, {}, True, [512, 1024], [1, 2, 8], count=10, queued=12, gpu=False)

@@ -14,7 +14,7 @@ from comfy.patcher_extension import CallbacksMP
 
 from ..kernels import fp8
 from ..kernels.attention import ATTENTION, AttentionRequest
-from . import formats, layouts, quantiser, turbo
+from . import cache_file, formats, layouts, quantiser, turbo
 from .checkpoint import Checkpoint, StateDict, shapes_of
 from .operations import operations
 from .residency import fits
@@ -62,7 +62,7 @@ def load_model(
     load_device = device or management.get_torch_device()
     check_precision(precision, load_device)
     layouts.register()
-    cached = quantiser.read_cache(path, precision) if precision in quantiser.FORMS else None
+    cached = cache_file.read(path, precision) if precision in quantiser.FORMS else None
     checkpoint = _with_host_names(cached or Checkpoint.read(path))
     sample_size = checkpoint.setting("sample_size", int, OFFICIAL_SAMPLE_SIZE)
     preview_colours = {name: checkpoint.setting(name, list, []) for name in PREVIEW_COLOURS}
@@ -75,7 +75,7 @@ def load_model(
         if cached is None:
             checkpoint = quantiser.quantised(checkpoint, precision, load_device)
             if cache:
-                quantiser.write_cache(checkpoint, path, precision)
+                cache_file.write(checkpoint, path, precision)
     elif config.quant_config and (precision in FLOATS or formats.storage_only(checkpoint)):
         checkpoint = formats.expanded(checkpoint, dtype)
     config.quant_config = comfy.utils.detect_layer_quantization(checkpoint.weights, "")

@@ -19,7 +19,7 @@ from comfy import sd1_clip
 from comfy.patcher_extension import CallbacksMP
 from transformers import Qwen2Tokenizer
 
-from . import encoder, formats, layouts, quantiser, qwen
+from . import cache_file, encoder, formats, layouts, quantiser, qwen
 from .checkpoint import Checkpoint, read_json, shapes_of
 from .operations import operations
 from .recent import Recent
@@ -63,7 +63,7 @@ def load_text_encoder(
     load_device = device or management.text_encoder_device()
     dtype = torch.float32 if precision == "fp32" else qwen.compute_type(load_device)
     layouts.register()
-    cached = quantiser.read_cache(path, precision) if precision in QUANTISED else None
+    cached = cache_file.read(path, precision) if precision in QUANTISED else None
     checkpoint = _converted(cached or Checkpoint.read(path))
     sizes = _sizes(checkpoint)
     formats.check_quantised(checkpoint)
@@ -72,7 +72,7 @@ def load_text_encoder(
     if precision in QUANTISED and not formats.is_ours(checkpoint) and formats.expandable(checkpoint):
         checkpoint = quantiser.quantised(checkpoint, precision, load_device, quantiser.TEXT_LINEAR)
         if cache:
-            quantiser.write_cache(checkpoint, path, precision)
+            cache_file.write(checkpoint, path, precision)
     elif precision not in QUANTISED and formats.storage_only(checkpoint):
         checkpoint = _in_type(formats.expanded(checkpoint, dtype), dtype, names)
     if dtype == torch.bfloat16:

@@ -12,7 +12,7 @@ from comfy.quant_ops import QuantizedTensor
 from comfy.text_encoders.z_image import Qwen3_4BModel
 from safetensors.torch import save_file
 
-from zimage_turbo.engine import catalogue, encoder, formats, quantiser, qwen, residency, text, turbo
+from zimage_turbo.engine import cache_file, catalogue, encoder, formats, quantiser, qwen, residency, text, turbo
 from zimage_turbo.engine.checkpoint import Checkpoint
 from zimage_turbo.kernels import int4
 from zimage_turbo.server import health
@@ -234,7 +234,7 @@ def test_int4_is_saved_and_loaded_again(packed, folder):
 
 def test_int4_is_kept_beside_the_folder(packed, folder, monkeypatch):
     first = text.load_text_encoder(folder, CPU, precision="int4", cache=True)
-    assert quantiser.cache_path(folder, "int4") == folder.with_name("text_encoder_int4.safetensors")
+    assert cache_file.place(folder, "int4") == folder.with_name("text_encoder_int4.safetensors")
     monkeypatch.setattr(quantiser, "quantised", lambda *_: pytest.fail("quantised again"))
     again = text.load_text_encoder(folder, CPU, precision="int4-fp8")
     assert torch.equal(states(again), states(first)) and torch.equal(states(first), states(packed))

@@ -1,6 +1,7 @@
 """Our weight formats inside the host: load, compute, LoRA, clone, save, reload, training, refusal by stock layers."""
 
 import shutil
+import threading
 
 import comfy.ops
 import comfy.sd
@@ -9,7 +10,7 @@ import pytest
 import torch
 from comfy.quant_ops import QuantizedTensor
 
-from zimage_turbo.engine import catalogue, forward, model, ode, quantiser, sampling
+from zimage_turbo.engine import cache_file, catalogue, forward, model, ode, quantiser, sampling
 from zimage_turbo.engine.checkpoint import Checkpoint, CheckpointError
 from zimage_turbo.engine.model import load_model
 from zimage_turbo.kernels import int4 as int4_kernels
@@ -117,9 +118,26 @@ def test_cached_beside_the_file_and_read_from_there(file, tmp_path, monkeypatch)
     source = tmp_path / "model.safetensors"
     source.write_bytes(file.read_bytes())
     first = load_model(source, "int4", cache=True)
-    assert quantiser.cache_path(source, "int4") == tmp_path / "model_int4.safetensors"
+    assert cache_file.place(source, "int4") == tmp_path / "model_int4.safetensors"
     monkeypatch.setattr(quantiser, "quantised", lambda *_: pytest.fail("quantised again"))
     assert torch.equal(drawn(load_model(source, "int4")), drawn(first))
+
+
+def test_a_model_is_there_before_its_file_which_the_next_load_awaits(file, tmp_path, monkeypatch):
+    source = tmp_path / "model.safetensors"
+    source.write_bytes(file.read_bytes())
+    may_write, save = threading.Event(), cache_file.save_file
+
+    def slowly(*arguments, **options):
+        assert may_write.wait(60)
+        save(*arguments, **options)
+
+    monkeypatch.setattr(cache_file, "save_file", slowly)
+    first = drawn(load_model(source, "int4", cache=True))
+    assert not cache_file.place(source, "int4").exists()
+    monkeypatch.setattr(quantiser, "quantised", lambda *_: pytest.fail("quantised again"))
+    threading.Timer(0.2, may_write.set).start()
+    assert torch.equal(drawn(load_model(source, "int4")), first)
 
 
 def test_cache_of_an_older_file_is_not_taken(file, tmp_path):
@@ -127,7 +145,7 @@ def test_cache_of_an_older_file_is_not_taken(file, tmp_path):
     source.write_bytes(file.read_bytes())
     load_model(source, "int4", cache=True)
     small_transformer(source, layers=2, seed=5)
-    assert quantiser.read_cache(source, "int4") is None
+    assert cache_file.read(source, "int4") is None
 
 
 def test_cache_of_a_folder_keeps_its_settings(tmp_path):
@@ -143,8 +161,9 @@ def test_cache_of_a_folder_keeps_its_settings(tmp_path):
 def test_a_disk_that_takes_no_cache_does_not_stop_the_model(file, tmp_path, caplog):
     source = tmp_path / "model.safetensors"
     source.write_bytes(file.read_bytes())
-    quantiser.cache_path(source, "int4").mkdir()
+    cache_file.place(source, "int4").mkdir()
     assert torch.isfinite(drawn(load_model(source, "int4", cache=True))).all()
+    assert cache_file.read(source, "int4") is None
     assert "could not be kept" in caplog.text and not list(tmp_path.glob("*.partial"))
 
 

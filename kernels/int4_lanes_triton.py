@@ -1,10 +1,10 @@
 """int4.linear in Triton for few rows: each thread decodes its own part of the tensor core's operands.
 
-A program computes 16 outputs, or TILES times as many; its warps share out the columns in steps of 128 and add up their
-sums at the end. Every tensor has one element a thread. The products are mma.m16n8k16: y^T = W x^T with 16 outputs, 8 of
-x's rows and 16 columns. Of its operands the thread 4 g + t of a warp holds outputs g and g + 8, row g, and four
-columns; which ones these are is free, as long as W and x agree. So a thread takes 32 neighbouring columns, two groups
-of codes, and reads the same 32 of x: nothing has to pass through shared memory.
+A program computes 16 outputs of 8 rows; its warps share out the columns in steps of 128 and add up their sums at the
+end. Every tensor has one element a thread. The products are mma.m16n8k16: y^T = W x^T with 16 outputs, 8 of x's rows
+and 16 columns. Of its operands the thread 4 g + t of a warp holds outputs g and g + 8, row g, and four columns; which
+ones these are is free, as long as W and x agree. So a thread takes 32 neighbouring columns, two groups of codes, and
+reads the same 32 of x: nothing has to pass through shared memory.
 
 A weight goes from its FP8 byte (sign, 4 bits of exponent, 3 of mantissa, never subnormal) to 16 bits by moving the
 fields and adding to the exponent. The shapes are held by the 32 lanes of a warp, which read them from each other.
@@ -13,8 +13,10 @@ fields and adding to the exponent. The shapes are held by the 32 lanes of a warp
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .int4_decode_triton import from_lane, load_four, look_up, permute_bytes
+from .int4_early_triton import early
 from .int4_shapes import shapes
 from .int4_slices_triton import sum_slices
 
@@ -23,11 +25,14 @@ STEP = 128  # columns: two groups for each of the 4 threads that share an output
 
 @triton.jit
 def _load_codes(pointer, mask, PTX: tl.constexpr):
-    """Four neighbouring int32, 16-byte aligned, that no other thread reads. Anything where the mask is not set."""
+    """Four neighbouring int32, 16-byte aligned, that no other thread reads. Anything where the mask is not set.
+
+    Not `ld.global.nc`, here and in _load_x: the kernel before this one may still write them when this one starts.
+    """
     if PTX:
         return tl.inline_asm_elementwise(
             "{ .reg .pred p; setp.ne.b32 p, $5, 0; "
-            "@p ld.global.nc.L1::no_allocate.L2::128B.v4.b32 {$0, $1, $2, $3}, [$4]; }",
+            "@p ld.global.L1::no_allocate.L2::128B.v4.b32 {$0, $1, $2, $3}, [$4]; }",
             "=r,=r,=r,=r,l,r",
             [pointer.to(tl.int64), mask.to(tl.int32)],
             dtype=(tl.int32, tl.int32, tl.int32, tl.int32),
@@ -35,6 +40,21 @@ def _load_codes(pointer, mask, PTX: tl.constexpr):
             pack=1,
         )
     return _load_four_masked(pointer, mask)
+
+
+@triton.jit
+def _load_x(pointer, PTX: tl.constexpr):
+    """Four neighbouring int32, 16-byte aligned."""
+    if PTX:
+        return tl.inline_asm_elementwise(
+            "ld.global.v4.b32 {$0, $1, $2, $3}, [$4];",
+            "=r,=r,=r,=r,l",
+            [pointer.to(tl.int64)],
+            dtype=(tl.int32, tl.int32, tl.int32, tl.int32),
+            is_pure=False,
+            pack=1,
+        )
+    return tl.load(pointer), tl.load(pointer + 1), tl.load(pointer + 2), tl.load(pointer + 3)
 
 
 @triton.jit
@@ -148,35 +168,17 @@ def _read_weights(codes_ptr, groups_ptr, output, step, end, t, outputs, steps, P
 
 
 @triton.jit
-def _read_tiles(codes_ptr, groups_ptr, output, step, end, t, outputs, steps, TILES: tl.constexpr, PTX: tl.constexpr):
-    """_read_weights for outputs g and g + 8 of each tile of 16."""
-    tiles = (
-        _read_weights(codes_ptr, groups_ptr, output, step, end, t, outputs, steps, PTX),
-        _read_weights(codes_ptr, groups_ptr, output + 8, step, end, t, outputs, steps, PTX),
-    )
-    for tile in tl.static_range(1, TILES):
-        tiles = tiles + (  # noqa: RUF005 - Triton knows no unpacking
-            _read_weights(codes_ptr, groups_ptr, output + 16 * tile, step, end, t, outputs, steps, PTX),
-            _read_weights(codes_ptr, groups_ptr, output + 16 * tile + 8, step, end, t, outputs, steps, PTX),
-        )
-    return tiles
-
-
-@triton.jit
 def _read_x(x_ptr, row, step, t, rows, steps, GROUP: tl.constexpr, PTX: tl.constexpr):
     """A group's 16 columns of a row of x as eight int32; past the end, those of the last row or step."""
     at = x_ptr + (tl.minimum(row, rows - 1) * steps + tl.minimum(step, steps - 1)) * 64 + t * 16 + 8 * GROUP
-    a = load_four(at, PTX)
-    b = load_four(at + 4, PTX)
+    a = _load_x(at, PTX)
+    b = _load_x(at + 4, PTX)
     return a[0], a[1], a[2], a[3], b[0], b[1], b[2], b[3]
 
 
 @triton.jit
-def _decode_tile(
-    table_ptr, own, tiles, within, TILE: tl.constexpr, GROUP: tl.constexpr, FP16: tl.constexpr, PTX: tl.constexpr
-):
-    """The weights of a group of outputs g and g + 8 of a tile: two times eight int32."""
-    low, high = tiles[2 * TILE], tiles[2 * TILE + 1]
+def _decode_both(table_ptr, own, low, high, within, GROUP: tl.constexpr, FP16: tl.constexpr, PTX: tl.constexpr):
+    """The weights of a group of outputs g and g + 8: two times eight int32."""
     return (
         decode_group(table_ptr, own, low[2 * GROUP], low[2 * GROUP + 1], low[4] >> (8 * GROUP), within, FP16, PTX),
         decode_group(table_ptr, own, high[2 * GROUP], high[2 * GROUP + 1], high[4] >> (8 * GROUP), within, FP16, PTX),
@@ -185,98 +187,67 @@ def _decode_tile(
 
 @triton.jit
 def _multiply_group(total, weights, x, FP16: tl.constexpr, PTX: tl.constexpr):
-    """total + 16 columns of a tile's weights times x's."""
+    """total + 16 columns of weights times x's."""
     low, high = weights
     for k in tl.static_range(0, 8, 2):
         total = _multiply_add(total, low[k], high[k], low[k + 1], high[k + 1], x[k], x[k + 1], FP16, PTX)
     return total
 
 
-@triton.jit
-def _multiply_tiles(
-    totals, weights, x, EIGHT: tl.constexpr, TILES: tl.constexpr, FP16: tl.constexpr, PTX: tl.constexpr
-):
-    """The TILES totals of one eight after a group."""
-    new = (_multiply_group(totals[EIGHT * TILES], weights[0], x, FP16, PTX),)
-    for tile in tl.static_range(1, TILES):
-        new = new + (_multiply_group(totals[EIGHT * TILES + tile], weights[tile], x, FP16, PTX),)  # noqa: RUF005
-    return new
-
-
-@triton.jit
-def _finish(
-    total, scales_ptr, bias_ptr, y_ptr, output, row, outputs, rows,
-    BIAS: tl.constexpr, SPLIT: tl.constexpr, ACROSS: tl.constexpr, ALONG: tl.constexpr,
-):  # fmt: skip
-    """Adds up the warps' sums of one product and stores them."""
-    both = tl.join(tl.join(total[0], total[1]), tl.join(total[2], total[3]))
-    sums = tl.sum(both.reshape(ALONG, ACROSS * 128), axis=0)
-    fits = (output < outputs) & (row < rows)
-    y_ptrs = y_ptr + row.to(tl.int64) * outputs + output
-    if not SPLIT:
-        sums *= tl.load(scales_ptr + output, mask=fits, other=0.0)
-        if BIAS:
-            sums += tl.load(bias_ptr + output, mask=fits, other=0.0).to(tl.float32)
-    tl.store(y_ptrs, sums.to(y_ptr.dtype.element_ty), mask=fits)
-
-
 @triton.jit(do_not_specialize=["rows", "steps_in_slice"])
 def _product_kernel(
     x_ptr, codes_ptr, groups_ptr, table_ptr, scales_ptr, bias_ptr, y_ptr, rows, outputs, columns, steps_in_slice,
     BIAS: tl.constexpr, SPLIT: tl.constexpr, FP16: tl.constexpr, PTX: tl.constexpr,
-    EIGHTS: tl.constexpr, TILES: tl.constexpr, ACROSS: tl.constexpr, ALONG: tl.constexpr,
+    WARPS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    thread = tl.arange(0, ALONG * ACROSS * 32)
+    if EARLY:
+        gdc_wait()
+        gdc_launch_dependents()
+    thread = tl.arange(0, WARPS * 32)
     g, t = thread // 4 % 8, thread % 4
     steps = columns // 128
     k_slice = tl.program_id(1)
-    step = k_slice * steps_in_slice + thread // (32 * ACROSS)
+    step = k_slice * steps_in_slice + thread // 32
     end = tl.minimum(steps, (k_slice + 1) * steps_in_slice)
-    first_row = tl.program_id(2) * 8 * EIGHTS
-    first_output = tl.program_id(0) * (16 * TILES * ACROSS)
-    output = (first_output + thread // 32 % ACROSS * (16 * TILES) + g).to(tl.int64)
+    first_row = tl.program_id(2) * 8
+    first_output = tl.program_id(0) * 16
+    output = (first_output + g).to(tl.int64)
     row = (first_row + g).to(tl.int64)
     own = load_four(table_ptr + thread % 32 * 4, PTX)
-    tiles = _read_tiles(codes_ptr, groups_ptr, output, step, end, t, outputs, steps, TILES, PTX)
-    zero = tl.zeros((ALONG * ACROSS * 32,), tl.float32)
-    totals = ((zero, zero, zero, zero),)
-    for _ in tl.static_range(1, EIGHTS * TILES):
-        totals = totals + ((zero, zero, zero, zero),)  # noqa: RUF005
-    for _ in range(tl.cdiv(steps_in_slice, ALONG)):
-        next_step = step + ALONG
-        next_tiles = _read_tiles(codes_ptr, groups_ptr, output, next_step, end, t, outputs, steps, TILES, PTX)
+    low = _read_weights(codes_ptr, groups_ptr, output, step, end, t, outputs, steps, PTX)
+    high = _read_weights(codes_ptr, groups_ptr, output + 8, step, end, t, outputs, steps, PTX)
+    zero = tl.zeros((WARPS * 32,), tl.float32)
+    total = (zero, zero, zero, zero)
+    for _ in range(tl.cdiv(steps_in_slice, WARPS)):
+        next_step = step + WARPS
+        next_low = _read_weights(codes_ptr, groups_ptr, output, next_step, end, t, outputs, steps, PTX)
+        next_high = _read_weights(codes_ptr, groups_ptr, output + 8, next_step, end, t, outputs, steps, PTX)
         within = (step < end).to(tl.int32)
         for group in tl.static_range(2):
-            weights = (_decode_tile(table_ptr, own, tiles, within, 0, group, FP16, PTX),)
-            for tile in tl.static_range(1, TILES):
-                weights = weights + (_decode_tile(table_ptr, own, tiles, within, tile, group, FP16, PTX),)  # noqa: RUF005
             x = _read_x(x_ptr, row, step, t, rows, steps, group, PTX)
-            new = _multiply_tiles(totals, weights, x, 0, TILES, FP16, PTX)
-            for eight in tl.static_range(1, EIGHTS):
-                x = _read_x(x_ptr, row + 8 * eight, step, t, rows, steps, group, PTX)
-                new = new + _multiply_tiles(totals, weights, x, eight, TILES, FP16, PTX)
-            totals = new
-        tiles = next_tiles
+            weights = _decode_both(table_ptr, own, low, high, within, group, FP16, PTX)
+            total = _multiply_group(total, weights, x, FP16, PTX)
+        low, high = next_low, next_high
         step = next_step
-    place = tl.arange(0, ACROSS * 128)  # the warp's, g, t, the row's bit 0, the output's bit 3
-    output = first_output + place // 128 * (16 * TILES) + place % 128 // 16 + place % 2 * 8
+    both = tl.join(tl.join(total[0], total[1]), tl.join(total[2], total[3]))
+    sums = tl.sum(both.reshape(WARPS, 128), axis=0)
+    place = tl.arange(0, 128)  # g, t, the row's bit 0, the output's bit 3
+    output = first_output + place // 16 + place % 2 * 8
     row = first_row + place // 2 % 8
+    fits = (output < outputs) & (row < rows)
     if SPLIT:
         y_ptr += k_slice.to(tl.int64) * rows * outputs
-    for eight in tl.static_range(EIGHTS):
-        for tile in tl.static_range(TILES):
-            _finish(
-                totals[eight * TILES + tile], scales_ptr, bias_ptr, y_ptr, output + 16 * tile, row + 8 * eight,
-                outputs, rows, BIAS, SPLIT, ACROSS, ALONG,
-            )  # fmt: skip
+    else:
+        sums *= tl.load(scales_ptr + output, mask=fits, other=0.0)
+        if BIAS:
+            sums += tl.load(bias_ptr + output, mask=fits, other=0.0).to(tl.float32)
+    tl.store(y_ptr + row.to(tl.int64) * outputs + output, sums.to(y_ptr.dtype.element_ty), mask=fits)
 
 
-def linear(x, codes, groups, scales, bias, out, eights, tiles, across, along, slices):
+def linear(x, codes, groups, scales, bias, out, warps, slices):
     """y [M, N] of contiguous x [M, K] fp16 or bf16, K a multiple of 128, into `out` if given; see int4.linear.
 
-    eights: how many times 8 rows a program computes. tiles: of 16 outputs a warp computes. across, along: warps of a
-    program side by side along the outputs, and along the columns. slices: into how many the columns are cut, each for
-    programs of its own.
+    warps: a power of two, of a program. slices: into how many the columns are cut, each for programs of its own.
     """
     (rows, columns), outputs, device = x.shape, len(codes), x.device
     x = aligned(x)
@@ -285,11 +256,11 @@ def linear(x, codes, groups, scales, bias, out, eights, tiles, across, along, sl
     slices = triton.cdiv(columns // STEP, steps_in_slice)
     sums = torch.empty((slices, rows, outputs), dtype=torch.float32, device=device) if slices > 1 else y
     with torch.cuda.device_of(x):
-        _product_kernel[(triton.cdiv(outputs, 16 * tiles * across), slices, triton.cdiv(rows, 8 * eights))](
+        _product_kernel[(triton.cdiv(outputs, 16), slices, triton.cdiv(rows, 8))](
             x.view(torch.int32), codes.view(torch.int32), groups.view(torch.int16), shapes(device).view(torch.int32),
             scales, scales if bias is None else bias, sums, rows, outputs, columns, steps_in_slice,
             BIAS=bias is not None, SPLIT=slices > 1, FP16=x.dtype == torch.float16, PTX=x.is_cuda,
-            EIGHTS=eights, TILES=tiles, ACROSS=across, ALONG=along, num_warps=across * along,
+            WARPS=warps, num_warps=warps, **early(x),
         )  # fmt: skip
         if slices > 1:
             sum_slices(sums, scales, bias, y)

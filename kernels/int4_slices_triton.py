@@ -2,13 +2,19 @@
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from .int4_early_triton import early
 
 
 @triton.jit
 def _sum_slices_kernel(
     partial_ptr, scales_ptr, bias_ptr, y_ptr, rows, outputs, slices,
-    BIAS: tl.constexpr, SLICES: tl.constexpr, BLOCK: tl.constexpr,
+    BIAS: tl.constexpr, SLICES: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
+    if EARLY:
+        gdc_wait()
+        gdc_launch_dependents()
     row = tl.program_id(1).to(tl.int64)
     output = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = output < outputs
@@ -28,5 +34,5 @@ def sum_slices(partial, scales, bias, y):
     block = max(16, 1024 // slices_block)
     _sum_slices_kernel[(triton.cdiv(outputs, block), rows)](
         partial, scales, scales if bias is None else bias, y, rows, outputs, slices,
-        BIAS=bias is not None, SLICES=slices_block, BLOCK=block,
+        BIAS=bias is not None, SLICES=slices_block, BLOCK=block, **early(y),
     )  # fmt: skip

@@ -9,13 +9,16 @@ shared memory; activations and results follow that order.
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .int4_decode_triton import load_lane_shape
+from .int4_early_triton import early
 from .int4_lanes_triton import decode_group
 from .int4_shapes import shapes
 from .int4_slices_triton import sum_slices
 
 STEP = 128  # columns, 8 groups
+STAGES = 3  # of the pipeline of loads: a fourth was no faster on an H100
 
 
 @triton.jit
@@ -62,8 +65,11 @@ def _decode(codes, groups, table_ptr, own, FP16: tl.constexpr, PTX: tl.constexpr
 def _product_kernel(
     x_ptr, codes_ptr, groups_ptr, table_ptr, scales_ptr, bias_ptr, y_ptr, rows, outputs, columns, steps_in_slice,
     BIAS: tl.constexpr, SPLIT: tl.constexpr, FP16: tl.constexpr, PTX: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
+    if EARLY:
+        gdc_wait()
+        gdc_launch_dependents()
     block_n, k_slice, block_m = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     row = block_m * BLOCK_M + tl.arange(0, BLOCK_M).to(tl.int64)
     few = row[:, None] < rows
@@ -101,11 +107,11 @@ def _product_kernel(
     tl.store(y_ptrs, total.to(y_ptr.dtype.element_ty), mask=mask)
 
 
-def linear(x, codes, groups, scales, bias, out, warps, slices, stages):
+def linear(x, codes, groups, scales, bias, out, warps, slices):
     """y [M, N] of contiguous x [M, K] fp16 or bf16, K a multiple of 128, into `out` if given; see int4.linear.
 
     warps: 4 or 8, of a program, each with 16 outputs. slices: into how many the columns are cut, each for programs of
-    its own. stages: of the pipeline of loads.
+    its own.
     """
     (rows, columns), outputs, device = x.shape, len(codes), x.device
     y = torch.empty((rows, outputs), dtype=x.dtype, device=device) if out is None else out
@@ -118,7 +124,7 @@ def linear(x, codes, groups, scales, bias, out, warps, slices, stages):
             x, codes.view(torch.int64), groups.view(torch.int64), shapes(device).view(torch.int32),
             scales, scales if bias is None else bias, sums, rows, outputs, columns, steps_in_slice,
             BIAS=bias is not None, SPLIT=slices > 1, FP16=x.dtype == torch.float16, PTX=x.is_cuda,
-            BLOCK_N=16 * warps, BLOCK_M=block_m, num_warps=warps, num_stages=stages,
+            BLOCK_N=16 * warps, BLOCK_M=block_m, num_warps=warps, num_stages=STAGES, **early(x),
         )  # fmt: skip
         if slices > 1:
             sum_slices(sums, scales, bias, y)

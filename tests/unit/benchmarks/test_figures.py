@@ -5,8 +5,14 @@ import re
 
 import pytest
 
-LABELS = {"host bf16": "eager", "ours bf16": "`bf16`", "ours fp16": "`fp16`", "ours fp8": "`fp8`",
-          "ours int4-fp8": "`int4-fp8`"}  # fmt: skip
+LABELS = {
+    "host bf16": "ComfyUI 0.30", "ours bf16": "`bf16`", "ours fp16": "`fp16`", "ours fp8": "`fp8`",
+    "ours int4-fp8": "`int4-fp8`", "diffusers bf16": "diffusers 0.42", "diffusers bf16, torch.compile": "torch.compile",
+}  # fmt: skip
+CONTESTANTS = {
+    "stock nodes": ("ComfyUI 0.30", "--gpu-only"), "stock nodes, --gpu-only": ("`--gpu-only`", ""),
+    "our nodes, int4-fp8": ("`int4-fp8`", ""), "our nodes, fp8": ("`fp8`", ""),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("page", ["README.md", "README.zh.md"])
@@ -20,6 +26,34 @@ def test_speed_of_the_denoiser(pack, page):
         assert row["gate"] and f"{row['denoise_ms']:,.0f} ms" in line
         if row["size"] == 1024:
             assert f"{100 * row['error']:.1f} %" in line
+
+
+@pytest.mark.parametrize("page", ["README.md", "README.zh.md"])
+def test_speed_of_the_server(pack, page):
+    """A line holds a contestant's name, and not what tells another one from it."""
+    report = json.loads((pack / "benchmarks" / "results" / "server_h100.json").read_text(encoding="utf-8"))
+    text = (pack / page).read_text(encoding="utf-8")
+    lines = [line for line in text.splitlines() if line.startswith("| ") and " s |" in line]
+    assert {entry["name"] for entry in report["contestants"]} == set(CONTESTANTS)
+    for entry in report["contestants"]:
+        name, other = CONTESTANTS[entry["name"]]
+        (line,) = (line for line in lines if name in line and not (other and other in line))
+        for row in entry["rows"]:
+            assert row["gate"] and f" {row['p50_s']:.2f} s" in line
+        if "second_start" in entry:
+            assert f"{entry['first_image_s']:.0f} s" in text
+            assert f"{entry['second_start']['first_image_s']:.1f} s" in text
+            assert entry["second_start"]["compiled"] == 0
+
+
+@pytest.mark.parametrize("page", ["README.md", "README.zh.md"])
+def test_memory(pack, page):
+    results, text = pack / "benchmarks" / "results", (pack / page).read_text(encoding="utf-8")
+    report = json.loads((results / "memory_6gib_h100.json").read_text(encoding="utf-8"))
+    assert not any("failed" in run for run in report["runs"])
+    assert f"{max(run['peak_allocated_gib'] for run in report['runs']):.1f} GiB" in text
+    report = json.loads((results / "endurance_h100.json").read_text(encoding="utf-8"))
+    assert report["held"] and f"{100 * report['growth']:.2f} %" in text
 
 
 @pytest.mark.parametrize("page", ["README.md", "README.zh.md"])

@@ -11,7 +11,7 @@ from . import qwen
 from .graphs import Graphs
 from .recent import Recent
 from .residency import resident_weights
-from .shortage import with_room
+from .shortage import spares_a_graph, with_room
 from .turbo import FAST, REPLAYED
 
 BUCKET = 32  # prompts are padded to a multiple of so many tokens: lengths of one bucket share a graph
@@ -82,4 +82,4 @@ def adopt(module: Qwen3_4BModel, compute: torch.dtype) -> None:
     module.bypassed = [part for part in module.modules() if isinstance(part, qwen.BYPASSED)]
     parts = module.transformer.model.layers.modules()
     module.weighted = [part for part in parts if any(True for _ in part.parameters(recurse=False))]
-    module.forwards, module.graphs, module.tables = Counter(), Graphs(MAX_GRAPHS), Recent(MAX_GRAPHS)
+    module.forwards, module.graphs, module.tables = Counter(), Graphs(MAX_GRAPHS, spares_a_graph), Recent(MAX_GRAPHS)

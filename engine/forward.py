@@ -59,10 +59,12 @@ def norm_refusal(module: NextDiT) -> str | None:
 
 @dataclass(frozen=True)
 class Compute:
-    """dtype: what products are computed in; attention: a backend of `kernels.attention`."""
+    """dtype: what products are computed in; attention: a backend of `kernels.attention`; rows: of a feed-forward at
+    once, None for as many as usual."""
 
     dtype: torch.dtype
     attention: str = "auto"
+    rows: int | None = None
 
     @property
     def residual(self) -> torch.dtype:
@@ -136,7 +138,7 @@ def run_blocks(
         following += [blocks[i + 1].attention.qkv] if i < last else []
         h, expanded = attend(block.attention, y, table, compute, expanded, following)
         x, y = add(x, h, factor, block.attention_norm2, gate_attention, block.ffn_norm1, scale_ffn, w1)
-        h = feed_forward(block.feed_forward, y, factor, expanded)
+        h = feed_forward(block.feed_forward, y, compute, expanded)
         if i == last:
             post = block.ffn_norm2
             return norm.residual_rms_modulate(
@@ -210,16 +212,17 @@ def project_heads(linear: torch.nn.Module, h: torch.Tensor, factor: float) -> to
     return linear(h if factor == 1.0 else h * factor)
 
 
-def feed_forward(module: FeedForward, y: Rows, factor: float, expanded: Expanded) -> torch.Tensor:
-    """The feed-forward half of a block between its norms: [B, S, D], times factor.
+def feed_forward(module: FeedForward, y: Rows, compute: Compute, expanded: Expanded) -> torch.Tensor:
+    """The feed-forward half of a block between its norms: [B, S, D], times compute.factor.
 
-    Its inner values are 2.7 times as wide as x; of more than ROWS_AT_ONCE rows one run after another is computed.
+    Its inner values are 2.7 times as wide as x; of many rows one run after another is computed.
     """
     codes = y[0] if isinstance(y, tuple) else y
     shape, rows = codes.shape, codes.shape[:2].numel()
-    if rows <= ROWS_AT_ONCE:
+    most, factor = compute.rows or ROWS_AT_ONCE, compute.factor
+    if rows <= most:
         return feed_forward_at_once(module, y, factor, expanded)
-    run = -(-rows // (16 * -(-rows // ROWS_AT_ONCE))) * 16  # 16 scales of rows begin where cuBLAS wants them to
+    run = -(-rows // (16 * -(-rows // most))) * 16  # 16 scales of rows begin where cuBLAS wants them to
     parts = [part.flatten(0, -2).split(run) for part in (y if isinstance(y, tuple) else (y,))]
     pieces = [(piece[0][None], *piece[1:]) for piece in zip(*parts, strict=True)]
     out = [

@@ -14,6 +14,7 @@ import torch
 
 from .recent import Recent
 
+MAX_SEEN = 1000  # shapes that are counted; after so many, counting begins anew
 WARM_UP = 1  # evaluations of a shape before its capture: libraries allocate workspaces, kernels are compiled
 CAPTURING = threading.Lock()  # torch captures one graph at a time in a process
 
@@ -32,9 +33,13 @@ class Captured:
 
 
 class Graphs:
-    """At most `limit` graphs, the least recently used given up first; none any more once they are `given_up`."""
+    """At most `limit` graphs, the least recently used given up first; none any more once they are `given_up`.
 
-    def __init__(self, limit: int):
+    spares_one: whether a device has memory to spare for one; asked before each capture.
+    """
+
+    def __init__(self, limit: int, spares_one: Callable[[torch.device], bool]):
+        self.spares_one = spares_one
         self.captured, self.seen, self.refused = Recent(limit), Counter(), set()
         self.pool, self.stream, self.state = None, None, None
         self.given_up = False
@@ -60,8 +65,8 @@ class Graphs:
     ) -> torch.Tensor | None:
         """function(*inputs) by a graph, for inputs on one GPU; None if the caller is to call it.
 
-        The first calls with these shapes are the caller's, so that rare shapes cost no capture. One that fails, for
-        want of memory or because something in it cannot be captured, is logged and not tried again.
+        The first calls with these shapes are the caller's, so that rare shapes cost no capture, and so are all while
+        memory is short. A capture that fails, because something in it cannot be captured, is logged and not repeated.
         """
         if self.given_up:
             return None
@@ -70,8 +75,12 @@ class Graphs:
             self.refused.clear()
             self.state = state
         key = tuple((tensor.shape, tensor.dtype, tensor.device) for tensor in inputs)
+        if len(self.seen) >= MAX_SEEN:
+            self.seen.clear()
         self.seen[key] += 1
         if key in self.refused or self.seen[key] <= WARM_UP:
+            return None
+        if key not in self.captured.values and not self.spares_one(inputs[0].device):
             return None
         try:
             captured = self.captured.get(key, lambda: self.capture(function, inputs))

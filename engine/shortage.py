@@ -8,9 +8,13 @@ import torch
 
 from .graphs import Graphs
 
+SPARE = 2 * 2**30  # the VAE of a 1024x1024 picture 1.2 GiB, the denoiser's graph 0.7
 
-def with_room(function: Callable[..., torch.Tensor], *inputs: torch.Tensor) -> torch.Tensor:
-    """function(*inputs), once more without any CUDA graph on their device if memory runs out.
+
+def with_room(
+    function: Callable[..., torch.Tensor], *inputs: torch.Tensor, frugal: Callable[..., torch.Tensor] | None = None
+) -> torch.Tensor:
+    """function(*inputs); if memory runs out, once more without any CUDA graph on their device, by `frugal` if given.
 
     A graph's intermediate results stay reserved between replays, and nobody else can use them; the host, which counts
     all that torch has reserved and not handed out as free, cannot know. `function` must leave its inputs as they are.
@@ -18,9 +22,14 @@ def with_room(function: Callable[..., torch.Tensor], *inputs: torch.Tensor) -> t
     try:
         return function(*inputs)
     except torch.cuda.OutOfMemoryError:
-        if not give_up_graphs(inputs[0].device):
+        if not give_up_graphs(inputs[0].device) and frugal is None:
             raise
-    return function(*inputs)
+    return (frugal or function)(*inputs)
+
+
+def spares_a_graph(device: torch.device) -> bool:
+    """Whether a GPU has memory beside what a CUDA graph reserves, which is then missing to everyone else."""
+    return management.get_free_memory(device) - management.extra_reserved_memory() >= SPARE
 
 
 def give_up_graphs(device: torch.device) -> bool:

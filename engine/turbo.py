@@ -1,5 +1,6 @@
 """The class that our loader gives to the host's NextDiT: the fast forward where it knows the request."""
 
+import dataclasses
 import functools
 import weakref
 from collections import Counter
@@ -17,10 +18,11 @@ from .graphs import Graphs
 from .measured import attention_backend
 from .recent import Recent
 from .residency import resident_weights
-from .shortage import with_room
+from .shortage import spares_a_graph, with_room
 
 FAST, REPLAYED = "fast", "fast, CUDA graph"
 MAX_GRAPHS, MAX_CAPTIONS, MAX_TABLES = 8, 4, 8
+ROWS_WHEN_SHORT = 2048  # of a feed-forward at once: 126 MB in 16 bit
 FP8_ERROR = 0.06  # of attention where products round to FP8 as well: each errs by 0.04 to 0.05
 
 
@@ -88,7 +90,8 @@ class TurboNextDiT(NextDiT):
                 self.forwards[REPLAYED] += 1
                 return result
         self.forwards[FAST] += 1
-        return with_room(denoise, *inputs)
+        frugal = functools.partial(forward.denoise, self, dataclasses.replace(compute, rows=ROWS_WHEN_SHORT))
+        return with_room(denoise, *inputs, frugal=frugal)
 
 
 def free_memory(patcher, unpatch_all: bool) -> None:
@@ -105,5 +108,5 @@ def adopt(module: NextDiT, attention: str = "auto", base: BaseModel | None = Non
     module.base = weakref.ref(base) if base is not None else lambda: None
     module.bypassed = [part for part in module.modules() if isinstance(part, forward.BYPASSED)]
     module.norms = [layer for layer in module.modules() if isinstance(layer, torch.nn.RMSNorm)]
-    module.forwards, module.graphs = Counter(), Graphs(MAX_GRAPHS)
+    module.forwards, module.graphs = Counter(), Graphs(MAX_GRAPHS, spares_a_graph)
     module.captions, module.tables = Recent(MAX_CAPTIONS), Recent(MAX_TABLES)

@@ -75,7 +75,27 @@ def test_a_feed_forward_of_many_rows_is_computed_run_by_run(file, precision, mon
     assert relative_error(draw(load_model(file, precision), (256, 256)), whole) < 0.01
 
 
-@pytest.mark.parametrize("precision", ["bf16", "int4-fp8"])
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_a_forward_never_waits_for_the_gpu(file, precision):
+    """Neither computed nor replayed, once kernels are compiled and tables made."""
+    patcher = load_model(file, precision)
+    draw(patcher, (256, 256))
+    module, dtype = patcher.model.diffusion_model, patcher.model.get_dtype_inference()
+    x = torch.randn(1, 16, 32, 32, device="cuda", dtype=dtype)
+    context, time = positive(5)[0][0].to("cuda", dtype), torch.tensor([0.6], device="cuda")
+    module.forwards.clear()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        replayed = module._forward(x, time, context, 40, transformer_options={"uuids": ["one"]})
+        module.graphs.give_up()
+        computed = module._forward(x, time, context, 40, transformer_options={"uuids": ["one"]})
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert dict(module.forwards) == {turbo.REPLAYED: 1, turbo.FAST: 1}
+    assert torch.equal(replayed, computed)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
 def test_lora_switches_and_sizes_leave_no_trace(file, precision):
     """Ten switches of LoRA and size give the latents that a fresh model gives."""
     patcher = load_model(file, precision)

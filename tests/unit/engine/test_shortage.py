@@ -6,8 +6,10 @@ import comfy.model_management as management
 import pytest
 import torch
 
+from zimage_turbo.engine import forward, turbo
 from zimage_turbo.engine.model import load_model
-from zimage_turbo.engine.shortage import with_room
+from zimage_turbo.engine.shortage import spares_a_graph, with_room
+from zimage_turbo.tests.comparison import relative_error
 from zimage_turbo.tests.weights import small_transformer
 
 CPU = torch.device("cpu")
@@ -27,12 +29,17 @@ class Short:
 
 
 @pytest.fixture(scope="module")
-def graphs(tmp_path_factory):
+def patcher(tmp_path_factory):
+    made = load_model(small_transformer(tmp_path_factory.mktemp("weights") / "small.safetensors", layers=1))
+    management.load_models_gpu([made])
+    yield made
+    management.unload_model_and_clones(made)
+
+
+@pytest.fixture
+def graphs(patcher):
     """Those of a loaded model, which seem to hold memory on the CPU."""
-    patcher = load_model(small_transformer(tmp_path_factory.mktemp("weights") / "small.safetensors", layers=1))
-    management.load_models_gpu([patcher])
-    yield patcher.model.diffusion_model.graphs
-    management.unload_model_and_clones(patcher)
+    return patcher.model.diffusion_model.graphs
 
 
 @pytest.fixture(autouse=True)
@@ -58,6 +65,42 @@ def test_what_does_not_fit_then_either_is_an_error(graphs):
     with pytest.raises(torch.cuda.OutOfMemoryError):
         with_room(short, torch.zeros(1))
     assert short.calls == 2
+
+
+@pytest.mark.parametrize("pool", [(0, 1), None], ids=["graphs", "no-graphs"])
+def test_the_second_attempt_is_the_frugal_one(graphs, pool):
+    graphs.pool, short = pool, Short(1)
+    assert with_room(short, torch.zeros(1), frugal=lambda x: x + 5) == 5
+    assert short.calls == 1 and graphs.pool is None
+
+
+def test_a_short_evaluation_computes_the_feed_forward_in_small_runs(patcher, monkeypatch):
+    """What it gives is what one run gives; on the CPU nothing else differs."""
+    module, rows, once = patcher.model.diffusion_model, [], forward.feed_forward_at_once
+    request = torch.randn(1, 16, 16, 16), torch.tensor([0.5]), torch.randn(1, 21, 256), 21
+    whole = module._forward(*request)
+    short = Short(1)
+
+    def denoise(module, compute, *inputs):
+        return short(compute) if short.calls < 1 else real(module, compute, *inputs)
+
+    def counted(module, y, *rest):
+        rows.append(y.shape[1])
+        return once(module, y, *rest)
+
+    real = forward.denoise
+    monkeypatch.setattr(forward, "denoise", denoise)
+    monkeypatch.setattr(forward, "feed_forward_at_once", counted)
+    monkeypatch.setattr(turbo, "ROWS_WHEN_SHORT", 32)
+    assert relative_error(module._forward(*request), whole) < 2e-6
+    assert max(rows) <= 32 < sum(rows)
+
+
+@pytest.mark.parametrize(("free", "spares"), [(1, False), (3, True), (64, True)])
+def test_graphs_are_captured_where_memory_is_to_spare(monkeypatch, free, spares):
+    monkeypatch.setattr(management, "get_free_memory", lambda device: free * 2**30)
+    monkeypatch.setattr(management, "extra_reserved_memory", lambda: 2**29)
+    assert spares_a_graph(CPU) is spares
 
 
 def test_a_shortage_without_graphs_is_an_error_at_once(graphs):

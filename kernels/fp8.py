@@ -4,8 +4,11 @@ import torch
 
 from . import arguments
 from .arguments import FLOATS, FP8, described
+from .registry import Registry, Request, capability, lazily, no_refusal, product_request, triton_refusal
 
 CAPABILITY = (8, 9)
+QUANTISE_ROWS = Registry("quantise_rows")
+FP8_LINEAR = Registry("fp8_linear")
 
 
 def supported(device: torch.device | str) -> str | None:
@@ -13,16 +16,16 @@ def supported(device: torch.device | str) -> str | None:
     device = torch.device(device)
     if device.type != "cuda":
         return f"FP8 products need an NVIDIA GPU of compute capability 8.9 or newer; the device is {device.type}"
-    capability = torch.cuda.get_device_capability(device)
-    if capability < CAPABILITY:
+    own = capability(device)
+    if own < CAPABILITY:
         return (
             "FP8 products need an NVIDIA GPU of compute capability 8.9 or newer (GeForce RTX 40, L40, H100); "
-            f"{torch.cuda.get_device_name(device)} has {capability[0]}.{capability[1]}"
+            f"{torch.cuda.get_device_name(device)} has {own[0]}.{own[1]}"
         )
     return None
 
 
-def quantise_rows(x: torch.Tensor, out=None) -> tuple[torch.Tensor, torch.Tensor]:
+def quantise_rows(x: torch.Tensor, out=None, backend: str = "auto") -> tuple[torch.Tensor, torch.Tensor]:
     """x [M, K] (bf16, fp16, fp32) as (codes FP8 [M, K], scales float32 [M, 1]) with x = codes * scales.
 
     A row's scale is its largest magnitude / 448; a row of zeros has the scale of a magnitude of 1e-12. out: the pair to
@@ -31,11 +34,7 @@ def quantise_rows(x: torch.Tensor, out=None) -> tuple[torch.Tensor, torch.Tensor
     if x.ndim != 2 or x.dtype not in FLOATS or not x.is_contiguous():
         raise ValueError(f"fp8.quantise_rows: expected a contiguous x [M, K] of bf16, fp16 or fp32, got {described(x)}")
     codes, scales = arguments.outputs(x.shape, FP8, x.device, out)
-    if supported(x.device) is None:
-        from . import fp8_triton
-
-        return fp8_triton.quantise_rows(x, codes, scales)
-    arguments.write(x, codes, scales)
+    QUANTISE_ROWS.choose(backend, Request(x.device, quantise=True)).function(x, codes, scales)
     return codes, scales
 
 
@@ -52,27 +51,37 @@ def linear(
     weight_scales: torch.Tensor,
     bias: torch.Tensor | None,
     dtype: torch.dtype,
+    backend: str = "auto",
 ) -> torch.Tensor:
     """y [M, N] = (x x_scales) (weight weight_scales)^T + bias in dtype (bf16, fp16, fp32).
 
-    x FP8 [M, K], x_scales float32 [M, 1], weight FP8 [N, K], weight_scales float32 [N], bias [N] or None. On a GPU that
-    has FP8 products the result is rounded to bf16 first, the type in which row-wise scaled products come; K and N must
-    be multiples of 16 there. Elsewhere the same values are multiplied in fp32. Raises ValueError on other shapes.
+    x FP8 [M, K], x_scales float32 [M, 1], weight FP8 [N, K], weight_scales float32 [N], bias [N] or None. The backend
+    "scaled_mm" multiplies on FP8 tensor cores and rounds the result to bf16 first, the type in which row-wise scaled
+    products come; "torch" multiplies the same values in fp32. Raises ValueError on other shapes, dtypes or layouts.
     """
-    columns = weight.shape[1]
-    shapes = {"x": (x, (len(x), columns), FP8), "x_scales": (x_scales, (len(x), 1), torch.float32)}
-    shapes |= {"weight": (weight, (len(weight), columns), FP8)}
-    shapes |= {"weight_scales": (weight_scales, (len(weight),), torch.float32)}
+    (outputs, columns), rows = weight.shape, len(x)
+    shapes = {"x": (x, (rows, columns), FP8), "x_scales": (x_scales, (rows, 1), torch.float32)}
+    shapes |= {"weight": (weight, (outputs, columns), FP8)}
+    shapes |= {"weight_scales": (weight_scales, (outputs,), torch.float32)}
     for name, (tensor, shape, kind) in shapes.items():
-        if tensor.shape != shape or tensor.dtype != kind or not tensor.is_contiguous():
+        if tensor.shape != shape or tensor.dtype != kind or not tensor.is_contiguous() or tensor.device != x.device:
             raise ValueError(
-                f"fp8.linear: expected {name} to be a contiguous {list(shape)} of {kind}, got {described(tensor)}"
+                f"fp8.linear: expected {name} to be a contiguous {list(shape)} of {kind} on {x.device}, "
+                f"got {described(tensor)}"
             )
-    if supported(x.device) is not None:
-        values, weight_values = x.float() * x_scales, weight.float() * weight_scales[:, None]
-        return torch.nn.functional.linear(values, weight_values, None if bias is None else bias.float()).to(dtype)
-    if columns % 16 or len(weight) % 16:
-        raise ValueError(f"fp8.linear: weight is {list(weight.shape)}; FP8 tensor cores need multiples of 16")
+    check_bias(bias, outputs, x.device, "fp8.linear")
+    if dtype not in FLOATS:
+        raise ValueError(f"fp8.linear: expected dtype bfloat16, float16 or float32, got {dtype}")
+    request = product_request(x.device, dtype, rows, outputs, columns)
+    return FP8_LINEAR.choose(backend, request).function(x, x_scales, weight, weight_scales, bias, dtype)
+
+
+def linear_reference(x, x_scales, weight, weight_scales, bias, dtype):
+    values, weight_values = x.float() * x_scales, weight.float() * weight_scales[:, None]
+    return torch.nn.functional.linear(values, weight_values, None if bias is None else bias.float()).to(dtype)
+
+
+def scaled_mm(x, x_scales, weight, weight_scales, bias, dtype):
     return torch._scaled_mm(
         x,
         weight.t(),
@@ -82,3 +91,29 @@ def linear(
         out_dtype=torch.bfloat16,
         use_fast_accum=True,
     ).to(dtype)
+
+
+def check_bias(bias: torch.Tensor | None, outputs: int, device: torch.device, name: str) -> None:
+    """None, or a contiguous [outputs] of a float type; else a ValueError that begins with `name`."""
+    if bias is None:
+        return
+    if bias.shape != (outputs,) or bias.dtype not in FLOATS or bias.device != device or not bias.is_contiguous():
+        raise ValueError(
+            f"{name}: expected bias to be a contiguous [{outputs}] of bf16, fp16 or fp32 on {device}, "
+            f"got {described(bias)}"
+        )
+
+
+def _scaled_mm_refusal(request):
+    reason = supported(request.device)
+    if reason is None and (request.columns % 16 or request.outputs % 16):
+        reason = (
+            f"FP8 tensor cores need K and N that are multiples of 16, got K = {request.columns}, N = {request.outputs}"
+        )
+    return reason
+
+
+QUANTISE_ROWS.register("triton", lazily("fp8_triton", "quantise_rows"), triton_refusal)
+QUANTISE_ROWS.register("torch", arguments.write, no_refusal)
+FP8_LINEAR.register("scaled_mm", scaled_mm, _scaled_mm_refusal)
+FP8_LINEAR.register("torch", linear_reference, no_refusal)

@@ -19,6 +19,12 @@ and none is 0 but in a row whose scale is.
 
 The quantiser minimises the squared error over all shapes and the three drops that can win. Rotation makes heavy tails
 and outlier columns Gaussian, for the price of rotating the activations; it is chosen only where it earns that.
+
+Backends take the parts of a weight, in its stored basis:
+
+    INT4_SEARCH   (weight [N, K] float32 contiguous, seed) -> codes, groups, scales; seed as stochastic_seed of quantise
+    INT4_EXPAND   (codes, groups, scales, out, programs)   writes out as expand says; programs may be ignored
+    INT4_LINEAR   (x [M, K] contiguous, codes, groups, scales, bias [N] or None) -> y [M, N] in x's dtype
 """
 
 from dataclasses import dataclass
@@ -27,12 +33,15 @@ import torch
 
 from . import fp8, hadamard, int4_reference
 from .arguments import FLOATS, FP8, described
-from .registry import Request, triton_refusal
+from .registry import Registry, Request, lazily, no_refusal, product_request, triton_refusal, weight_request
 
 GROUP = 16
 ROTATION_GAIN = 0.95  # rotate where the error falls below this share of the plain one
 MEASURED_ROWS = 256
 FUSED_ROWS = 64  # up to here reading the weights is what a product costs
+INT4_SEARCH = Registry("int4_search")
+INT4_EXPAND = Registry("int4_expand")
+INT4_LINEAR = Registry("int4_linear")
 
 
 @dataclass(frozen=True)
@@ -80,7 +89,9 @@ class Int4Weight:
         return self.codes.nbytes + self.groups.nbytes + self.scales.nbytes
 
 
-def quantise(weight: torch.Tensor, rotate: bool | None = None, stochastic_seed: int = 0) -> Int4Weight:
+def quantise(
+    weight: torch.Tensor, rotate: bool | None = None, stochastic_seed: int = 0, backend: str = "auto"
+) -> Int4Weight:
     """The INT4 form of least squared error of weight [N, K] (bf16, fp16 or fp32).
 
     rotate: None measures up to 256 rows both ways and rotates if that lowers the relative L2 error by more than 5 %.
@@ -94,10 +105,8 @@ def quantise(weight: torch.Tensor, rotate: bool | None = None, stochastic_seed: 
     if not torch.isfinite(weight).all():
         raise ValueError(f"int4.quantise: the weight {list(weight.shape)} holds NaN or infinity; mend it before")
     if rotate is None:
-        rotate = _rotation_pays(weight)
-    search = int4_reference.search
-    if _runs_triton(weight.device):
-        from .int4_quantise_triton import search
+        rotate = _rotation_pays(weight, backend)
+    search = INT4_SEARCH.choose(backend, Request(weight.device)).function
     rows = int4_reference.CHUNK // weight.shape[1] + 1
     parts = []
     for index, chunk in enumerate(weight.split(rows)):
@@ -109,7 +118,11 @@ def quantise(weight: torch.Tensor, rotate: bool | None = None, stochastic_seed: 
 
 
 def expand(
-    weight: Int4Weight, dtype: torch.dtype, out: torch.Tensor | None = None, programs: int | None = None
+    weight: Int4Weight,
+    dtype: torch.dtype,
+    out: torch.Tensor | None = None,
+    programs: int | None = None,
+    backend: str = "auto",
 ) -> torch.Tensor:
     """The weight [N, K] in its stored basis: the decoding of the module's docstring, without undoing a rotation.
 
@@ -128,11 +141,8 @@ def expand(
             f"int4.expand: expected out to be a contiguous {list(weight.shape)} of {dtype} on {device}, "
             f"got {described(out)}"
         )
-    if dtype != torch.float32 and _runs_triton(device):
-        from . import int4_expand_triton
-
-        return int4_expand_triton.expand(weight.codes, weight.groups, weight.scales, out, programs)
-    return int4_reference.expand(weight.codes, weight.groups, weight.scales, out)
+    _expand_into(out, weight.codes, weight.groups, weight.scales, programs, backend)
+    return out
 
 
 def dequantise(weight: Int4Weight, dtype: torch.dtype) -> torch.Tensor:
@@ -142,23 +152,28 @@ def dequantise(weight: Int4Weight, dtype: torch.dtype) -> torch.Tensor:
     return hadamard.rotate(expand(weight, torch.float32)).to(dtype)
 
 
-def linear(x: torch.Tensor, weight: Int4Weight, bias: torch.Tensor | None = None) -> torch.Tensor:
+def linear(
+    x: torch.Tensor, weight: Int4Weight, bias: torch.Tensor | None = None, backend: str = "auto"
+) -> torch.Tensor:
     """y [..., N] = x [..., K] W^T + bias [N], computed in x's dtype (bf16, fp16, fp32) with fp32 accumulation.
 
-    On a GPU, up to 64 rows of 16-bit x decode the weights inside the product, which then costs the reading of 4.5 bits
-    a weight; more rows expand them first. Make a first call before capturing a CUDA graph: it puts the tables of the
-    format on the device. Raises ValueError if x does not fit.
+    The backend "fused" decodes the weights inside the product of up to 64 rows of 16-bit x on a GPU, which then costs
+    the reading of 4.5 bits a weight; "expanded" expands them first. Make a first call before capturing a CUDA graph: it
+    puts the tables of the format on the device. Raises ValueError if x or bias does not fit.
     """
-    rows = _checked_rows(x, weight, "int4.linear")
+    rows = _checked_rows(x, weight, bias, "int4.linear")
     if weight.rotated:
         rows = hadamard.rotate(rows)
-    if _fused(rows):
-        from . import int4_few_rows_triton
+    outputs, columns = weight.shape
+    request = product_request(rows.device, rows.dtype, len(rows), outputs, columns)
+    product = INT4_LINEAR.choose(backend, request).function
+    return product(rows, weight.codes, weight.groups, weight.scales, bias).view(*x.shape[:-1], outputs)
 
-        y = int4_few_rows_triton.linear(rows, weight.codes, weight.groups, weight.scales, bias)
-    else:
-        y = torch.nn.functional.linear(rows, expand(weight, x.dtype), bias)
-    return y.view(*x.shape[:-1], weight.shape[0])
+
+def expanded_linear(x, codes, groups, scales, bias):
+    stored = torch.empty((len(codes), x.shape[1]), dtype=x.dtype, device=x.device)
+    _expand_into(stored, codes, groups, scales)
+    return torch.nn.functional.linear(x, stored, bias)
 
 
 def linear_fp8(
@@ -166,10 +181,11 @@ def linear_fp8(
 ) -> torch.Tensor:
     """y [..., N] = x [..., K] W^T + bias [N] by FP8 products: x is rounded to FP8 with a scale a row, W is exact.
 
+    It is made of ops that each have backends: hadamard.rotate_quantise_rows or fp8.quantise_rows, expand, fp8.linear.
     workspace: FP8 elements, at least N * K, which the expanded weight may overwrite. Returns x's dtype. A GPU without
-    FP8 (fp8.supported) computes the same values from fp32 products. Raises ValueError if x or workspace does not fit.
+    FP8 (fp8.supported) computes the same values from fp32 products. Raises ValueError if an argument does not fit.
     """
-    rows = _checked_rows(x, weight, "int4.linear_fp8")
+    rows = _checked_rows(x, weight, bias, "int4.linear_fp8")
     out = None
     if workspace is not None:
         count = weight.shape[0] * weight.shape[1]
@@ -190,26 +206,23 @@ def relative_error(weight: torch.Tensor, quantised: Int4Weight) -> float:
     return ((dequantise(quantised, torch.float32) - weight).norm() / weight.norm()).item()
 
 
-def _rotation_pays(weight: torch.Tensor) -> bool:
+def _rotation_pays(weight: torch.Tensor, backend: str) -> bool:
     if weight.shape[1] % hadamard.BLOCK:
         return False
     sample = weight[:: -(-len(weight) // MEASURED_ROWS)]
     if not sample.any():
         return False
-    plain, rotated = (relative_error(sample, quantise(sample, rotate)) for rotate in (False, True))
+    plain, rotated = (relative_error(sample, quantise(sample, rotate, backend=backend)) for rotate in (False, True))
     return rotated < ROTATION_GAIN * plain
 
 
-def _runs_triton(device: torch.device) -> bool:
-    return triton_refusal(Request(device)) is None
+def _expand_into(out, codes, groups, scales, programs=None, backend="auto"):
+    request = weight_request(out.device, out.dtype, *out.shape)
+    INT4_EXPAND.choose(backend, request).function(codes, groups, scales, out, programs)
 
 
-def _fused(rows: torch.Tensor) -> bool:
-    """Whether the product of few rows has a kernel of its own, which works in steps of 128 columns on tensor cores."""
-    few = 0 < len(rows) <= FUSED_ROWS and rows.shape[1] % 128 == 0
-    return (
-        few and rows.dtype != torch.float32 and _runs_triton(rows.device) and Request(rows.device).capability >= (8, 0)
-    )
+def _expand_torch(codes, groups, scales, out, programs):
+    int4_reference.expand(codes, groups, scales, out)
 
 
 def _check_columns(columns: int, rotated: bool) -> None:
@@ -219,11 +232,42 @@ def _check_columns(columns: int, rotated: bool) -> None:
         raise ValueError(f"{kind} weight needs a K that is a multiple of {multiple}, got K = {columns}")
 
 
-def _checked_rows(x: torch.Tensor, weight: Int4Weight, name: str) -> torch.Tensor:
+def _checked_rows(x: torch.Tensor, weight: Int4Weight, bias: torch.Tensor | None, name: str) -> torch.Tensor:
     """x as contiguous rows [M, K]."""
     if x.shape[-1] != weight.shape[1] or x.dtype not in FLOATS or x.device != weight.codes.device:
         raise ValueError(
             f"{name}: expected x [..., {weight.shape[1]}] of bf16, fp16 or fp32 on {weight.codes.device}, "
             f"got {described(x)}"
         )
+    fp8.check_bias(bias, weight.shape[0], x.device, name)
     return x.reshape(-1, x.shape[-1]).contiguous()
+
+
+def _expand_refusal(request):
+    if request.dtype == torch.float32:
+        return "gives float8_e4m3fn, bfloat16 and float16, got float32"
+    return triton_refusal(request)
+
+
+def _fused_refusal(request):
+    """The kernels work in steps of 128 columns on tensor cores that know bf16."""
+    reason = triton_refusal(request)
+    if reason is not None:
+        return reason
+    if not 0 < request.rows <= FUSED_ROWS:
+        return f"takes 1 to {FUSED_ROWS} rows, got {request.rows}"
+    if request.dtype == torch.float32:
+        return "takes bfloat16 and float16, got float32"
+    if request.columns % 128:
+        return f"takes a K that is a multiple of 128, got K = {request.columns}"
+    if request.capability < (8, 0):
+        return "needs a GPU of compute capability 8.0 or newer, this one has {}.{}".format(*request.capability)
+    return None
+
+
+INT4_SEARCH.register("triton", lazily("int4_quantise_triton", "search"), triton_refusal)
+INT4_SEARCH.register("torch", int4_reference.search, no_refusal)
+INT4_EXPAND.register("triton", lazily("int4_expand_triton", "expand"), _expand_refusal)
+INT4_EXPAND.register("torch", _expand_torch, no_refusal)
+INT4_LINEAR.register("fused", lazily("int4_few_rows_triton", "linear"), _fused_refusal)
+INT4_LINEAR.register("expanded", expanded_linear, no_refusal)

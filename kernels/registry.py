@@ -12,7 +12,8 @@ without touching this pack's files:
         error=0.01,                                                  # only where the result is not exact
     )
 
-`my_attention` can then be chosen by its name, and takes part in "auto".
+`my_attention` can then be chosen by its name, and takes part in "auto": with `preferred=True` before all others, else
+where those before it refuse, or where a measurement finds it faster.
 """
 
 import functools
@@ -36,13 +37,48 @@ class Request:
     @property
     def capability(self) -> tuple[int, int]:
         """Compute capability of this request's own GPU; (0, 0) on the CPU."""
-        return torch.cuda.get_device_capability(self.device) if self.device.type == "cuda" else (0, 0)
+        return capability(self.device)
 
     @property
     def key(self) -> str:
         """What a measured choice is remembered by: the machine's part and the request's, as text."""
         name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type
         return f"{name}, quantise={self.quantise}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightRequest(Request):
+    """Work on a weight [outputs, columns] that gives numbers of a dtype."""
+
+    dtype: torch.dtype
+    outputs: int
+    columns: int
+
+    @property
+    def key(self) -> str:
+        return f"{super().key}, {self.dtype}, {self.outputs}x{self.columns}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProductRequest(WeightRequest):
+    """The product of [rows, columns] with a weight [outputs, columns], in a dtype."""
+
+    rows: int
+
+    @property
+    def key(self) -> str:
+        return f"{super().key}, {self.rows} rows"
+
+
+# A forward makes the same few requests hundreds of times, and to make one takes longer than to find it.
+@functools.lru_cache(maxsize=1024)
+def weight_request(device: torch.device, dtype: torch.dtype, outputs: int, columns: int) -> WeightRequest:
+    return WeightRequest(device, dtype=dtype, outputs=outputs, columns=columns)
+
+
+@functools.lru_cache(maxsize=1024)
+def product_request(device: torch.device, dtype: torch.dtype, rows: int, outputs: int, columns: int) -> ProductRequest:
+    return ProductRequest(device, dtype=dtype, outputs=outputs, columns=columns, rows=rows)
 
 
 @dataclass(frozen=True)
@@ -80,13 +116,24 @@ class Registry:
         self.op = op
         self.backends: dict[str, Backend] = {}
 
-    def register(self, name: str, function: Callable, refusal: Callable[[Request], str | None], error: float = 0.0):
-        """Add a backend, least preferred. refusal(request): None, or why it cannot run. ValueError on a used name."""
+    def register(
+        self,
+        name: str,
+        function: Callable,
+        refusal: Callable[[Request], str | None],
+        error: float = 0.0,
+        preferred: bool = False,
+    ):
+        """Add a backend, the last in order of preference or, `preferred`, the first.
+
+        refusal(request): None, or why it cannot run. Raises ValueError on a used name.
+        """
         if name == "auto" or name in self.backends:
             raise ValueError(
                 f"{self.op}: the backend name {name!r} is taken; taken are auto, {', '.join(self.backends)}"
             )
-        self.backends[name] = Backend(name, function, refusal, error)
+        backend = {name: Backend(name, function, refusal, error)}
+        self.backends = backend | self.backends if preferred else self.backends | backend
 
     def refusals(self, request: Request) -> dict[str, str | None]:
         """For each backend None, or why it cannot run this request."""
@@ -112,11 +159,15 @@ class Registry:
             if backend is None or backend.refusal(request) is not None:
                 raise ValueError(self._complaint(name, request, allowed_error))
             return backend
-        allowed = [backend for backend in self.backends.values() if backend.error <= allowed_error]
-        fitting = {backend.name: backend for backend in allowed if backend.refusal(request) is None}
+        fitting = {}
+        for backend in self.backends.values():
+            if backend.error <= allowed_error and backend.refusal(request) is None:
+                if measure is None:  # a forward chooses hundreds of times: the others need not be asked
+                    return backend
+                fitting[backend.name] = backend
         if not fitting:
             raise ValueError(self._complaint(name, request, allowed_error))
-        if measure is None or len(fitting) == 1:
+        if len(fitting) == 1:
             return next(iter(fitting.values()))
         choices = Choices() if choices is None else choices
         key = f"{self.op}: {request.key}; of {', '.join(fitting)}"
@@ -140,10 +191,26 @@ class Registry:
 def lazily(module: str, function: str) -> Callable:
     """kernels.<module>.<function>, imported at the first call: Triton may be missing where it is never used."""
 
+    @functools.cache
+    def imported() -> Callable:
+        return getattr(importlib.import_module(f".{module}", __package__), function)
+
     def call(*arguments, **options):
-        return getattr(importlib.import_module(f".{module}", __package__), function)(*arguments, **options)
+        return imported()(*arguments, **options)
 
     return call
+
+
+def capability(device: torch.device) -> tuple[int, int]:
+    """Compute capability of a GPU; (0, 0) of another device."""
+    if device.type != "cuda":
+        return 0, 0
+    return _capability(torch.cuda.current_device() if device.index is None else device.index)
+
+
+@functools.cache
+def _capability(index: int) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(index)
 
 
 @functools.cache

@@ -200,7 +200,7 @@ def test_codes_in_a_cuda_graph(keys):
 
 def on_gpu(monkeypatch, capability, **changes):
     """A request as a GPU of that compute capability makes it; no GPU is needed to ask who would refuse it."""
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(registry, "_capability", lambda index: capability)
     monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: True)
     monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)
     sizes = {"batch": 1, "heads": 30, "tokens": 4224, "keys": 4224, "head_dim": 128, "dtype": torch.bfloat16}

@@ -55,8 +55,14 @@ def test_quantise_rows_refuses(bad):
         fp8.quantise_rows(bad)
 
 
-def test_linear_refuses_scales_of_another_shape():
+def test_linear_refuses_what_does_not_belong_together():
     x, x_scales = fp8.quantise_rows(torch.ones(2, 32))
     weight, weight_scales = fp8.quantise_weight(torch.ones(16, 32))
     with pytest.raises(ValueError, match="expected x_scales"):
         fp8.linear(x, x_scales.view(-1), weight, weight_scales, None, torch.bfloat16)
+    with pytest.raises(ValueError, match=r"expected weight to be a contiguous \[16, 32\] .* on cpu"):
+        fp8.linear(x, x_scales, weight.to("meta"), weight_scales, None, torch.bfloat16)
+    with pytest.raises(ValueError, match=r"expected bias to be a contiguous \[16\]"):
+        fp8.linear(x, x_scales, weight, weight_scales, torch.ones(1), torch.bfloat16)
+    with pytest.raises(ValueError, match="expected dtype bfloat16, float16 or float32"):
+        fp8.linear(x, x_scales, weight, weight_scales, None, torch.int8)

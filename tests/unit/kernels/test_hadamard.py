@@ -51,3 +51,17 @@ def test_one_pass_rotates_and_quantises(device, size, dtype):
 def test_refuses_a_width_it_cannot_cut():
     with pytest.raises(ValueError, match="300; it must be a multiple of 256"):
         hadamard.rotate(torch.zeros(2, 300))
+
+
+@pytest.mark.parametrize("bad", [torch.zeros(2, 300), torch.zeros(256), torch.zeros(256, 512).t()])
+def test_one_pass_refuses(bad):
+    with pytest.raises(
+        ValueError, match=r"expected a contiguous x \[M, K\] of bf16, fp16 or fp32, K a multiple of 256"
+    ):
+        hadamard.rotate_quantise_rows(bad)
+
+
+@pytest.mark.parametrize("rotation", [hadamard.rotate, hadamard.rotate_quantise_rows])
+def test_refuses_integers(rotation):
+    with pytest.raises(ValueError, match="bf16, fp16"):
+        rotation(torch.zeros(2, 256, dtype=torch.int32))

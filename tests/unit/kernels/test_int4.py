@@ -200,6 +200,10 @@ def test_refusals():
         int4.quantise(torch.ones(4, 4, 16))
     with pytest.raises(ValueError, match=r"expected x \[..., 32\]"):
         int4.linear(torch.ones(2, 48), weight)
+    for bias in (torch.ones(17), torch.ones(32)[::2], torch.ones(16, dtype=torch.int32)):
+        for product in (int4.linear, int4.linear_fp8):
+            with pytest.raises(ValueError, match=r"expected bias to be a contiguous \[16\] of bf16"):
+                product(torch.ones(2, 32), weight, bias)
     with pytest.raises(ValueError, match="expected dtype"):
         int4.expand(weight, torch.int8)
     with pytest.raises(ValueError, match="expected out"):

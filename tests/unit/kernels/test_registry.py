@@ -9,8 +9,20 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from zimage_turbo.kernels import attention, norm, registry, rope, swiglu
-from zimage_turbo.kernels.registry import Choices, Registry, Request, no_refusal, triton_refusal
+from zimage_turbo.kernels import attention, fp8, hadamard, norm, registry, rope, swiglu
+from zimage_turbo.kernels.registry import (
+    Choices,
+    Registry,
+    Request,
+    lazily,
+    no_refusal,
+    product_request,
+    triton_refusal,
+    weight_request,
+)
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda:0")
+BF16, FP8 = torch.bfloat16, torch.float8_e4m3fn
 
 
 @dataclass(frozen=True)
@@ -68,6 +80,43 @@ def test_auto_tells_every_reason_when_nothing_fits():
             op.choose("auto", size(30), measure=measure)
         assert "small: takes numbers below 10, got 30" in str(caught.value)
         assert "rough: its relative error of 0.1 is above the 0.0 allowed" in str(caught.value)
+
+
+def test_a_preferred_backend_comes_first(op):
+    op.register("mine", abs, small_only, preferred=True)
+    assert list(op.backends) == ["mine", "small", "rough", "any"]
+    assert op.choose("auto", size(3)).name == "mine"
+    assert op.choose("auto", size(30)).name == "any"
+
+
+def test_auto_asks_no_more_backends_than_it_needs(op):
+    op.register("unasked", abs, lambda request: pytest.fail("asked"))
+    assert op.choose("auto", size(30)).name == "any"
+
+
+def test_a_lazy_function_is_imported_when_it_is_called():
+    missing = lazily("no_such_module", "function")
+    with pytest.raises(ModuleNotFoundError, match="no_such_module"):
+        missing()
+    assert lazily("int4_shapes", "levels")(CPU).shape == (32, 16)
+
+
+def test_a_gpu_is_asked_for_its_capability_once(monkeypatch):
+    asked = []
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: asked.append(index) or (8, index))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 6)
+    registry._capability.cache_clear()
+    for name, expected in {"cuda:0": (8, 0), "cuda:6": (8, 6), "cuda": (8, 6), "cpu": (0, 0)}.items():
+        assert Request(torch.device(name)).capability == Request(torch.device(name)).capability == expected
+    registry._capability.cache_clear()
+    assert asked == [0, 6]
+
+
+def test_a_request_for_a_product_tells_its_sizes():
+    asked = product_request(CPU, BF16, rows=3, outputs=20, columns=48)
+    assert (asked.rows, asked.outputs, asked.columns, asked.dtype) == (3, 20, 48, BF16)
+    assert asked.key == "cpu, quantise=False, torch.bfloat16, 20x48, 3 rows"
+    assert weight_request(CPU, FP8, 20, 48).key == "cpu, quantise=False, torch.float8_e4m3fn, 20x48"
 
 
 def test_a_taken_name_is_refused(op):
@@ -131,21 +180,22 @@ OPS = [
     norm.LAYER_MODULATE,
     rope.QK_NORM_ROPE,
     swiglu.SILU_MUL,
+    fp8.QUANTISE_ROWS,
+    hadamard.HADAMARD_QUANTISE_ROWS,
 ]
 
 
 @pytest.mark.parametrize("op", OPS, ids=lambda op: op.op)
 def test_the_fused_ops_prefer_triton_where_it_runs(op, monkeypatch):
-    gpu = torch.device("cuda:0")
     monkeypatch.setattr(registry, "installed", lambda package: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
-    assert op.choose("auto", Request(gpu)).name == "triton"
-    assert op.choose("auto", Request(gpu, quantise=True)).name == "torch"
-    assert op.choose("auto", Request(torch.device("cpu"))).name == "torch"
-    assert "compute capability 8.9 or newer, this one has 7.5" in triton_refusal(Request(gpu, quantise=True))
+    monkeypatch.setattr(registry, "_capability", lambda index: (7, 5))
+    assert op.choose("auto", Request(GPU)).name == "triton"
+    assert op.choose("auto", Request(GPU, quantise=True)).name == "torch"
+    assert op.choose("auto", Request(CPU)).name == "torch"
+    assert "compute capability 8.9 or newer, this one has 7.5" in triton_refusal(Request(GPU, quantise=True))
     monkeypatch.setattr(registry, "installed", lambda package: False)
-    assert op.choose("auto", Request(gpu)).name == "torch"
-    assert triton_refusal(Request(gpu)) == "the package triton is not installed"
+    assert op.choose("auto", Request(GPU)).name == "torch"
+    assert triton_refusal(Request(GPU)) == "the package triton is not installed"
 
 
 def test_the_package_imports_without_triton_and_touches_no_gpu(pack):

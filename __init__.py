@@ -4,6 +4,7 @@ from comfy_api.latest import ComfyExtension
 
 from server import PromptServer
 
+from .engine import layouts
 from .nodes import NODES
 from .server.routes import add_health
 
@@ -12,6 +13,7 @@ WEB_DIRECTORY = "./web"
 
 class ZImageTurboExtension(ComfyExtension):
     async def on_load(self) -> None:
+        layouts.register()  # a stock loader that is given a file of ours then says whose it is
         add_health(PromptServer.instance)
 
     async def get_node_list(self) -> list:

@@ -13,6 +13,7 @@ from comfy_kitchen.tensor import BaseLayoutParams
 from ..kernels import fp8, int4
 
 INT4, FP8 = "zimage_int4", "zimage_fp8"  # names that stock loaders refuse
+LOADER = "Z-Image-Turbo Loader"
 COMPUTE_16, COMPUTE_FP8 = "16", "fp8"
 
 
@@ -123,16 +124,29 @@ def multiply_rows(
     return fp8.linear(codes, scales, stored, params.scale, bias, params.orig_dtype)
 
 
+class _OnlyOurs(dict):
+    """What the host's registry knows of a format: what it asks our layers for, and nothing that its own could load by.
+
+    Its layers, whatever node they belong to, ask for more before they read a weight, and are told who reads it.
+    """
+
+    def __init__(self, form: str):
+        super().__init__(quantize_input=False)
+        self.form = form
+
+    def __missing__(self, _):
+        kind = self.form.removeprefix("zimage_").upper()
+        raise ValueError(
+            f"This file holds weights in Z-Image-Turbo's {kind} form ({self.form}), which ComfyUI's own loaders "
+            f"cannot read. Load it with the node '{LOADER}'."
+        )
+
+
 def register() -> None:
     """Tell the host of both layouts. May be called again."""
-    for layout, name, storage in ((Int4Layout, INT4, torch.uint8), (Fp8Layout, FP8, torch.float8_e4m3fn)):
+    for layout, name in ((Int4Layout, INT4), (Fp8Layout, FP8)):
         register_layout_class(layout.__name__, layout)
-        QUANT_ALGOS[name] = {
-            "storage_t": storage,
-            "parameters": {"weight_scale"},
-            "comfy_tensor_layout": layout.__name__,
-            "quantize_input": False,
-        }
+        QUANT_ALGOS[name] = _OnlyOurs(name)
         register_layout_op(torch.ops.aten.linear.default, layout)(_linear)
         register_layout_op(torch.ops.aten.t.default, layout)(_transpose)
         register_layout_op(torch.ops.aten.mm.default, layout)(_mm)

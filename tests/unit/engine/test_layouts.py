@@ -6,19 +6,23 @@ import threading
 import comfy.ops
 import comfy.sd
 import comfy.utils
+import comfy_extras.nodes_model_merging as merging
 import pytest
 import torch
 from comfy.quant_ops import QuantizedTensor
 
-from zimage_turbo.engine import cache_file, catalogue, forward, model, ode, quantiser, sampling
+from zimage_turbo.engine import cache_file, catalogue, formats, forward, layouts, ode, quantiser, sampling
 from zimage_turbo.engine.checkpoint import Checkpoint, CheckpointError
-from zimage_turbo.engine.model import load_model
-from zimage_turbo.kernels import int4 as int4_kernels
+from zimage_turbo.engine.model import NATIVE_SIZE, load_model
+from zimage_turbo.engine.operations import operations
 from zimage_turbo.tests.comparison import relative_error, stock_sample
 from zimage_turbo.tests.weights import small_transformer
 
 POSITIVE = [[torch.randn(1, 40, 256, generator=torch.Generator().manual_seed(3)), {}]]
 LATENT = {"samples": torch.zeros(1, 16, 24, 24)}
+CPU = torch.device("cpu")
+FORMS = {"int4": layouts.INT4, "fp8": layouts.FP8}
+ROUNDING = 2e-6  # of fp32 in one product
 
 
 @pytest.fixture(scope="module")
@@ -30,6 +34,20 @@ def file(tmp_path_factory):
 def int4(file):
     with torch.inference_mode():  # as the host runs nodes
         return load_model(file, "int4")
+
+
+@pytest.fixture(scope="module", params=FORMS)
+def stored(request, file):
+    """A file in each form. The processor refuses to be asked for 'fp8', but reads what holds it."""
+    path = file.with_name(f"stored_{request.param}.safetensors")
+    comfy.utils.save_torch_file(quantiser.quantised(Checkpoint.read(file), request.param, CPU).weights, str(path))
+    return path
+
+
+@pytest.fixture(scope="module")
+def ours(stored):
+    with torch.inference_mode():
+        return load_model(stored, "auto")
 
 
 def weight_of(patcher, layer: int = 0) -> torch.Tensor:
@@ -48,70 +66,118 @@ def lora(rank: int = 4) -> dict[str, torch.Tensor]:
     }
 
 
-def test_blocks_are_quantised_and_the_rest_is_not(int4):
-    module = int4.model.diffusion_model
+def edited(patcher) -> torch.nn.Module:
+    """The layer that `lora` is for."""
+    return patcher.model.diffusion_model.layers[0].attention.out
+
+
+def lora_change() -> torch.Tensor:
+    down, up = lora().values()
+    return up @ down
+
+
+def multiplied_out(patcher, path, change: torch.Tensor | None = None):
+    """A model in fp32 with the values that a quantised one's weights stand for, and a change to the `edited` one."""
+    state = {name: value.clone() for name, value in patcher.model.diffusion_model.state_dict().items()}
+    weights = dict(formats.expanded(Checkpoint("kept", state, {}, {}), torch.float32).weights)
+    if change is not None:
+        weights["layers.0.attention.out.weight"] += change
+    comfy.utils.save_torch_file(weights, str(path))
+    return load_model(path, "fp32")
+
+
+def test_blocks_are_quantised_and_the_rest_is_not(ours, stored):
+    module, form = ours.model.diffusion_model, FORMS[stored.stem.removeprefix("stored_")]
     for block in (*module.layers, *module.noise_refiner, *module.context_refiner):
         for linear in (block.attention.qkv, block.attention.out, *block.feed_forward.children()):
-            assert isinstance(linear.weight, QuantizedTensor)
+            assert isinstance(linear.weight, QuantizedTensor) and linear.quant_format == form
     for linear in (module.layers[0].adaLN_modulation[0], module.x_embedder, module.final_layer.linear):
         assert not isinstance(linear.weight, QuantizedTensor)
-    assert weight_of(int4).shape == (768, 256)
+    assert weight_of(ours).shape == (768, 256)
 
 
-def test_memory_is_counted_as_stored(int4):
-    stored = sum(tensor.nbytes for tensor in int4.model.diffusion_model.state_dict().values())
-    assert int4.model_size() == pytest.approx(stored, rel=0.02)
+def test_memory_is_counted_as_stored(ours):
+    stored = sum(tensor.nbytes for tensor in ours.model.diffusion_model.state_dict().values())
+    assert ours.model_size() == pytest.approx(stored, rel=0.02)
 
 
-def test_draws_what_its_weights_say(int4, file):
+def test_draws_what_its_weights_say(ours, tmp_path):
     """The same latent as a 16-bit model whose weights were quantised and multiplied out before."""
-    weights = int4.model.diffusion_model.state_dict()
-    kept = Checkpoint("kept", {name: value.clone() for name, value in weights.items()}, {}, {})
-    path = file.with_name("multiplied_out.safetensors")
-    comfy.utils.save_torch_file(model.formats.expanded(kept, torch.float32).weights, str(path))
-    assert relative_error(drawn(int4), drawn(load_model(path, "fp32"))) < 1e-3
+    assert relative_error(drawn(ours), drawn(multiplied_out(ours, tmp_path / "plain.safetensors"))) < 1e-3
 
 
-def test_stock_sampler_takes_it(int4):
-    assert relative_error(drawn(int4), stock_sample(int4, POSITIVE, LATENT, 1)) < 1e-3
+def test_stock_sampler_takes_it(ours):
+    assert relative_error(drawn(ours), stock_sample(ours, POSITIVE, LATENT, 1)) < 1e-3
 
 
-def test_lora_merges_and_leaves(int4):
-    before, weight = drawn(int4), int4.model.diffusion_model.layers[0].attention.out
-    plain = weight.weight.dequantize().float()
-    merged, _ = comfy.sd.load_lora_for_models(int4, None, lora(), 1.0, 0.0)
+def test_lora_merges_and_leaves(ours):
+    before, layer = drawn(ours), edited(ours)
+    wanted = layer.weight.dequantize().float() + lora_change()
+    merged, _ = comfy.sd.load_lora_for_models(ours, None, lora(), 1.0, 0.0)
     assert len(merged.patches) == 1
     with_lora = drawn(merged)
-    pair = list(lora().values())
-    wanted = plain + pair[1] @ pair[0]
-    assert isinstance(weight.weight, QuantizedTensor)
-    nearest = int4_kernels.dequantise(int4_kernels.quantise(wanted), torch.float32)
-    assert relative_error(weight.weight.dequantize().float(), wanted) < 2 * relative_error(nearest, wanted)
+    assert isinstance(layer.weight, QuantizedTensor)
+    nearest = QuantizedTensor.from_float(wanted, layer.weight._layout_cls).dequantize()
+    assert relative_error(layer.weight.dequantize().float(), wanted) < 2 * relative_error(nearest, wanted)
     assert relative_error(with_lora, before) > 1e-3
-    assert torch.equal(drawn(int4), before)
+    assert torch.equal(drawn(ours), before)
 
 
-def test_bypass_lora_is_exact(int4, file):
-    """A LoRA beside the weight instead of in it: the fast forward must not pass it by."""
-    before = drawn(int4)
-    bypass, _ = comfy.sd.load_bypass_lora_for_models(int4, None, lora(), 1.0, 0.0)
-    assert relative_error(drawn(bypass), before) > 1e-3
-    assert torch.equal(drawn(int4), before)
-    assert not forward.replaced(int4.model.diffusion_model.layers[0].attention.out)
+def test_bypass_lora_is_exact(ours, tmp_path):
+    """A LoRA beside the weight instead of in it, W x + B A x: the fast forward must not pass it by."""
+    before, layer, x = drawn(ours), edited(ours), torch.randn(3, 7, 256)
+    wanted = x @ (layer.weight.dequantize().float() + lora_change()).T
+    bypass, _ = comfy.sd.load_bypass_lora_for_models(ours, None, lora(), 1.0, 0.0)
+    bypass.inject_model()
+    with_lora = layer(x)
+    bypass.eject_model()
+    assert relative_error(with_lora, wanted) < ROUNDING
+    exact = drawn(multiplied_out(ours, tmp_path / "edited.safetensors", lora_change()))
+    assert relative_error(drawn(bypass), exact) < 1e-3 < relative_error(exact, before) / 10
+    assert torch.equal(drawn(ours), before)
+    assert not forward.replaced(layer)
 
 
-def test_clone_is_independent_and_equal(int4):
-    clone = int4.clone(force_deepcopy=True)
-    assert clone.model is not int4.model
-    assert torch.equal(drawn(clone), drawn(int4))
+@pytest.mark.parametrize("with_lora", [False, True], ids=["plain", "with LoRA"])
+def test_offloaded_layers_compute_what_they_hold(ours, with_lora):
+    """As the host has layers of a model that does not fit: weights come along, and a LoRA is added to them exactly."""
+    before, layer, x = drawn(ours), edited(ours), torch.randn(3, 7, 256)
+    wanted = x @ (layer.weight.dequantize().float() + (lora_change() if with_lora else 0)).T
+    patcher = comfy.sd.load_lora_for_models(ours, None, lora(), 1.0, 0.0)[0] if with_lora else ours.clone()
+    ours.unpatch_model(CPU)
+    patcher.load(CPU, lowvram_model_memory=1)
+    assert patcher.model.model_lowvram and layer.comfy_cast_weights and len(layer.weight_function) == with_lora
+    offloaded = layer(x)
+    patcher.unpatch_model(CPU)
+    assert relative_error(offloaded, wanted) < ROUNDING
+    assert isinstance(layer.weight, QuantizedTensor) and not layer.weight_function
+    assert torch.equal(drawn(ours), before)
 
 
-def test_saved_and_loaded_again(int4, tmp_path):
+def test_clone_is_independent_and_equal(ours):
+    clone = ours.clone(force_deepcopy=True)
+    assert clone.model is not ours.model
+    assert weight_of(clone).data_ptr() != weight_of(ours).data_ptr()
+    assert torch.equal(drawn(clone), drawn(ours))
+
+
+def test_saved_and_loaded_again(ours, tmp_path):
     path = tmp_path / "saved.safetensors"
-    comfy.utils.save_torch_file(int4.model.diffusion_model.state_dict(), str(path))
+    comfy.utils.save_torch_file(ours.model.diffusion_model.state_dict(), str(path))
     again = load_model(path, "auto")
     assert isinstance(weight_of(again), QuantizedTensor)
-    assert torch.equal(drawn(again), drawn(int4))
+    assert torch.equal(drawn(again), drawn(ours))
+
+
+@pytest.mark.parametrize("with_lora", [False, True], ids=["plain", "with LoRA"])
+def test_the_save_node_keeps_the_form(ours, tmp_path, with_lora):
+    patcher = comfy.sd.load_lora_for_models(ours, None, lora(), 1.0, 0.0)[0] if with_lora else ours
+    node = merging.ModelSave()
+    node.output_dir = str(tmp_path)
+    node.save(patcher, "saved", prompt={}, extra_pnginfo={"workflow": {}})
+    again = load_model(next(tmp_path.glob("saved*.safetensors")), "auto")
+    assert edited(again).quant_format == edited(ours).quant_format
+    assert torch.equal(drawn(again), drawn(patcher))
 
 
 def test_cached_beside_the_file_and_read_from_there(file, tmp_path, monkeypatch):
@@ -154,7 +220,7 @@ def test_cache_of_a_folder_keeps_its_settings(tmp_path):
     load_model(folder, "int4", cache=True)
     again = load_model(folder, "int4")
     assert isinstance(weight_of(again), QuantizedTensor)
-    assert again.get_attachment(model.NATIVE_SIZE) == 256
+    assert again.get_attachment(NATIVE_SIZE) == 256
     assert again.model.latent_format.latent_rgb_factors[0] == [-0.029, -0.109, -0.245]
 
 
@@ -175,28 +241,39 @@ def test_a_file_without_groups_is_incomplete(int4, tmp_path):
         load_model(tmp_path / "cut.safetensors", "auto")
 
 
-def test_stock_layers_refuse_it(int4):
+def test_stock_layers_refuse_it(ours):
     """A stock loader that knows our format's name from the registry still cannot read it as something else."""
     prefix = "layers.0.attention.qkv."
     state = {
         name.removeprefix(prefix): value
-        for name, value in int4.model.diffusion_model.state_dict().items()
+        for name, value in ours.model.diffusion_model.state_dict().items()
         if name.startswith(prefix)
     }
     stock = comfy.ops.mixed_precision_ops({}, torch.bfloat16).Linear(256, 768, bias=False)
-    with pytest.raises(ValueError, match="Unsupported quantization format: zimage_int4"):
+    with pytest.raises(ValueError, match=r"Z-Image-Turbo's (INT4|FP8) form.*'Z-Image-Turbo Loader'"):
         stock.load_state_dict(state)
 
 
-def test_gradients_pass_through(file):
-    patcher = load_model(file, "int4")
-    linear = patcher.model.diffusion_model.layers[0].feed_forward.w1
+@pytest.mark.parametrize("shape", [(3, 256), (2, 5, 256)], ids=["rows", "batch of rows"])
+@pytest.mark.parametrize("bias", [False, True], ids=["no bias", "bias"])
+@pytest.mark.parametrize("form", FORMS)
+def test_gradients_pass_through(form, bias, shape):
     with torch.inference_mode(False), torch.enable_grad():
-        weight = linear.weight.dequantize().clone()
-        x = torch.randn(3, 256).requires_grad_()
-        (linear(x).square().sum()).backward()
-        expected = torch.autograd.grad((x @ weight.float().T).square().sum(), x)[0]
-    assert relative_error(x.grad, expected) < 1e-2
+        state = quantiser.parts("layer", torch.randn(96, 256), FORMS[form])
+        if bias:
+            state["layer.bias"] = torch.randn(96)
+        linear = operations(torch.float32, layouts.COMPUTE_16).Linear(256, 96, bias=bias)
+        linear.load_state_dict({name.removeprefix("layer."): value for name, value in state.items()})
+        weight, x = linear.weight.dequantize(), torch.randn(shape).requires_grad_()
+        result, expected = linear(x), torch.nn.functional.linear(x, weight, linear.bias)
+        assert relative_error(result.detach(), expected.detach()) < ROUNDING
+        wanted = [x, linear.bias] if bias else [x]
+        for ours, theirs in zip(
+            torch.autograd.grad(result.square().sum(), wanted),
+            torch.autograd.grad(expected.square().sum(), wanted),
+            strict=True,
+        ):
+            assert relative_error(ours, theirs) < ROUNDING
 
 
 @pytest.mark.parametrize("precision", ["fp8", "int4-fp8"])

@@ -2,8 +2,12 @@
 
 import importlib.metadata
 import platform
+import shutil
 import subprocess
 import time
+from pathlib import Path
+
+PACK = Path(__file__).resolve().parent.parent
 
 
 def conditions() -> dict[str, str | None]:
@@ -21,6 +25,7 @@ def conditions() -> dict[str, str | None]:
         "torch": torch.__version__,
         "triton": version("triton"),
         "comfyui": comfyui,
+        **commit(),
     }
 
 
@@ -32,8 +37,21 @@ def gpu_conditions() -> dict[str, str | int | None]:
     driver = subprocess.run(query, check=True, capture_output=True, text=True).stdout.split()[0]
     about = {"gpu": torch.cuda.get_device_name(), "driver": driver, "torch": torch.__version__}
     about |= {"triton": version("triton"), "cudnn": torch.backends.cudnn.version(), "date": time.strftime("%Y-%m-%d")}
+    about |= commit()
     print(", ".join(f"{name} {value}" for name, value in about.items()), flush=True)
     return about
+
+
+def commit() -> dict[str, str]:
+    """The commit that was measured, ending in "-dirty" where files differ from it; nothing outside a git checkout.
+
+    A copy without .git may lie in another project's checkout, whose commit would be wrong.
+    """
+    if not (PACK / ".git").exists() or not shutil.which("git"):
+        return {}
+    words = ["git", "-C", str(PACK), "describe", "--always", "--dirty"]
+    described = subprocess.run(words, capture_output=True, text=True)
+    return {"commit": described.stdout.strip()} if described.returncode == 0 else {}
 
 
 def version(distribution: str) -> str | None:

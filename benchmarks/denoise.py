@@ -2,9 +2,12 @@
 
 Random weights of the official shapes with loud channels: they say how fast and how exact, not how pretty. Every row
 passes a gate first: its error against the host's fp32 forward, which for 16-bit rows must be at most twice the host's
-own bf16 error. A batch holds two pictures and prompts in turn, and the worst of all counts. Times are medians of as
-many runs as stand in the row, after an evaluation that is not counted.
-Run: ZIMAGE_COMFYUI=<tree> python benchmarks/denoise.py [--size 1024 512] [--batch 1] [--rivals] [--out FILE]
+own bf16 error, for the others what gate.py allows one evaluation. A batch holds two pictures and prompts in turn, and
+the worst of all counts. Times are medians of as many runs as stand in the row, after an evaluation that is not counted.
+Run: ZIMAGE_COMFYUI=<tree> python benchmarks/denoise.py [--size 1024 512] [--batch 1] [--rivals] [--rotated]
+     [--out FILE]
+--rotated adds INT4 rows whose weights are all rotated, as the quantiser does with heavy-tailed ones: products then turn
+their inputs too, and what that costs does not depend on the numbers.
 """
 
 import argparse
@@ -24,7 +27,7 @@ package = types.ModuleType("zimage_turbo")
 package.__path__ = [str(PACK)]
 sys.modules["zimage_turbo"] = package
 
-from zimage_turbo.benchmarks import diffusers_model  # noqa: E402
+from zimage_turbo.benchmarks import diffusers_model, gate  # noqa: E402
 from zimage_turbo.benchmarks.conditions import conditions  # noqa: E402
 from zimage_turbo.benchmarks.timing import milliseconds, quantiles  # noqa: E402
 from zimage_turbo.launcher.inside import host  # noqa: E402
@@ -44,13 +47,16 @@ def main() -> None:
     parser.add_argument(
         "--rivals", action="store_true", help="diffusers too, which compiles for a minute: first size and batch only"
     )
+    parser.add_argument("--rotated", action="store_true", help="rows with rotated INT4 weights beside those without")
     parser.add_argument("--out", type=Path, help="JSON file, written anew after every row")
     arguments = parser.parse_args()
     host.enter(host.tree(), [])
     import torch
 
     with torch.inference_mode():
-        Benchmark(arguments.size, arguments.batch, arguments.out).run(arguments.precision, arguments.rivals)
+        benchmark = Benchmark(arguments.size, arguments.batch, arguments.out)
+        benchmark.run(arguments.precision, arguments.rivals, arguments.rotated)
+    gate.insist(benchmark.report["rows"])
 
 
 def random_weights() -> Iterator[tuple[str, "torch.Tensor"]]:  # noqa: F821
@@ -78,7 +84,18 @@ def random_weights() -> Iterator[tuple[str, "torch.Tensor"]]:  # noqa: F821
         yield name, noise
 
 
-def build(precision: str):
+def rotated_parts(layer: str, weight, form: str) -> dict:
+    """What `quantiser.parts` gives for an INT4 weight that is found to be heavy-tailed."""
+    from zimage_turbo.engine import quantiser
+    from zimage_turbo.kernels import int4
+
+    packed = int4.quantise(weight, rotate=True)
+    made = {"weight": packed.codes, "weight_scale": packed.scales, "weight_groups": packed.groups}
+    made[quantiser.MARKER] = quantiser.mark(form, packed.rotated)
+    return {f"{layer}.{name}": part for name, part in made.items()}
+
+
+def build(precision: str, rotated: bool = False):
     """The denoiser in a precision, as the loader makes it, and the seconds that its quantisation took."""
     import comfy.ops
     import torch
@@ -89,12 +106,13 @@ def build(precision: str):
     from zimage_turbo.tests.weights import FULL
 
     dtype = model.FLOATS.get(precision, torch.bfloat16)
+    parts = rotated_parts if rotated else quantiser.parts
     form, seconds, weights = quantiser.FORMS.get(precision), 0.0, {}
     for name, weight in random_weights():
         if form and quantiser.BLOCK_LINEAR.fullmatch(name):
             torch.cuda.synchronize()
             started = time.perf_counter()
-            weights |= quantiser.parts(name.removesuffix(".weight"), weight, form)
+            weights |= parts(name.removesuffix(".weight"), weight, form)
             torch.cuda.synchronize()
             seconds += time.perf_counter() - started
         else:
@@ -129,13 +147,16 @@ class Benchmark:
     batches: list[int]
     out: Path | None
 
-    def run(self, precisions: list[str], rivals: bool) -> None:
+    def run(self, precisions: list[str], rivals: bool, rotated: bool) -> None:
         import torch
 
         self.report = {**conditions(), "words": WORDS, "rows": []}
         print(json.dumps(self.report), flush=True)
         parts = [self.exact_outputs, self.host_rows]
         parts += [functools.partial(self.our_rows, precision) for precision in precisions]
+        if rotated:
+            turned = [precision for precision in precisions if precision.startswith("int4")]
+            parts += [functools.partial(self.our_rows, precision, rotated=True) for precision in turned]
         parts += [self.rival_rows] if rivals else []
         for part in parts:
             part()
@@ -163,16 +184,17 @@ class Benchmark:
             row = self.record("host bf16", size, batch, stock, None)
             self.own_error[size] = max(row["error"], self.own_error.get(size, 0.0))
 
-    def our_rows(self, precision: str) -> None:
+    def our_rows(self, precision: str, rotated: bool = False) -> None:
         from zimage_turbo.engine import turbo
 
-        module, dtype, seconds = build(precision)
+        module, dtype, seconds = build(precision, rotated)
+        name = f"ours {precision}, rotated" if rotated else f"ours {precision}"
         for size, batch in itertools.product(self.sizes, self.batches):
             options = {"uuids": [f"prompt of {size} and {batch}"]}  # as samplers name their prompts
             ours = functools.partial(module._forward, *request(size, batch, dtype), transformer_options=options)
-            limit = 2 * self.own_error[size] if precision in SIXTEEN_BIT else None
-            self.record(f"ours {precision}", size, batch, ours, limit, quantise_s=round(seconds, 2))
-            assert module.forwards[turbo.REPLAYED], dict(module.forwards)
+            limit = 2 * self.own_error[size] if precision in SIXTEEN_BIT else gate.ONE_EVALUATION[precision]
+            row = self.record(name, size, batch, ours, limit, quantise_s=round(seconds, 2))
+            assert module.forwards[turbo.REPLAYED] or not row["gate"], dict(module.forwards)
             module.graphs.clear()
 
     def rival_rows(self) -> None:
@@ -200,14 +222,15 @@ class Benchmark:
         self.record("diffusers bf16, torch.compile", size, batch, compiled, limit, compile_s=seconds)
 
     def record(self, name: str, size: int, batch: int, run: Callable, limit: float | None, **more) -> dict:
-        """Gate, then times; limit: the error allowed, None for any that is finite."""
+        """Gate, then times; limit: the error allowed, None for the host's own, which sets the measure."""
         import torch
 
         torch.cuda.reset_peak_memory_stats()
         output = run()
         error = max(distance(picture, self.exact[size][i % DIFFERENT]) for i, picture in enumerate(output))
         held = bool(torch.isfinite(output).all()) and (limit is None or error <= limit)
-        row = {"what": name, "size": size, "batch": batch, "error": round(error, 5), "gate": held, **more}
+        row = {"what": name, "size": size, "batch": batch, "error": round(error, 5), "bound": limit, "gate": held}
+        row |= more
         if held:
             # two calls more before anything is timed: the third of a shape is the one that captures ours
             run(), run()

@@ -60,6 +60,8 @@ def main() -> None:
         }
         with torch.inference_mode():
             measure(report, files, arguments)
+    if not report.get("held", True):
+        sys.exit(verdict(report))
 
 
 def requests(count: int, sizes: tuple, seed: int) -> list[tuple[str, int, int]]:

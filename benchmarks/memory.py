@@ -66,6 +66,8 @@ def main() -> None:
                 measure(report, files, precision, arguments)
         if arguments.out and plots.available():
             plots.write(report, arguments.out)
+    if failed := [run["precision"] for run in report["runs"] if not drawn(run)]:
+        sys.exit(f"Not drawn within {arguments.cap:g} GiB: {', '.join(failed)}.")
 
 
 def cap(gib: float) -> float:
@@ -132,6 +134,11 @@ def draw(log: AllocatorLog, files: dict[str, str], precision: str, arguments: ar
             row["device_used_mib"] = mib(total - free)
             print(describe(row), flush=True)
     pipeline.close()
+
+
+def drawn(run: dict) -> bool:
+    """Whether memory was enough, and every picture one of numbers."""
+    return "failed" not in run and all(row.get("finite", True) for row in run["phases"])
 
 
 def describe(row: dict) -> str:

@@ -9,11 +9,13 @@ from .contestants import STEPS, choice
 class Pipeline:
     """The loader's three models. Every method is one node, and runs under torch.inference_mode()."""
 
-    def __init__(self, files: dict[str, str], precision: str, cache: bool):
+    def __init__(self, files: dict[str, str], precision: str, cache: bool, attention: str = "auto"):
         """files: as `weight_files.names` gives them, of a folder that `register` knows; empty for the demo."""
         from zimage_turbo.nodes.loader import ZImageTurboLoader
 
-        loaded = ZImageTurboLoader.execute(**choice(files), precision=precision, device="auto", cache_quantised=cache)
+        loaded = ZImageTurboLoader.execute(
+            **choice(files), precision=precision, device="auto", attention=attention, cache_quantised=cache
+        )
         self.model, self.clip, self.vae = loaded.args
 
     def encode(self, text: str) -> list:

@@ -24,6 +24,7 @@ package.__path__ = [str(PACK)]
 sys.modules["zimage_turbo"] = package
 
 from zimage_turbo.benchmarks.conditions import conditions, version  # noqa: E402
+from zimage_turbo.benchmarks.gate import insist  # noqa: E402
 from zimage_turbo.benchmarks.timing import quantiles  # noqa: E402
 from zimage_turbo.launcher.inside import host  # noqa: E402
 
@@ -47,6 +48,7 @@ def main() -> None:
         report = measure(arguments, Path(folder))
     if arguments.out:
         arguments.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    insist(report["rows"])
 
 
 def measure(arguments: argparse.Namespace, folder: Path) -> dict:

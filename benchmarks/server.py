@@ -31,7 +31,8 @@ package.__path__ = [str(PACK)]
 sys.modules["zimage_turbo"] = package
 
 from zimage_turbo.benchmarks import server_run, stock_formats, weight_files  # noqa: E402
-from zimage_turbo.benchmarks.contestants import FILES, Contestant, contestants, reference  # noqa: E402
+from zimage_turbo.benchmarks.conditions import commit  # noqa: E402
+from zimage_turbo.benchmarks.contestants import FILES, OURS, Contestant, contestants, reference  # noqa: E402
 from zimage_turbo.benchmarks.server_client import PromptFailed  # noqa: E402
 from zimage_turbo.launcher import machine, pyproject  # noqa: E402
 from zimage_turbo.launcher.inside import host  # noqa: E402
@@ -56,11 +57,13 @@ def main() -> None:
             arguments.demo, arguments.precision or PRECISIONS[device], formats(plan) if arguments.stock_formats else {}
         )
         try:
-            asyncio.run(run(plan, entries, weight_files.kind(arguments), nvidia, arguments.out))
+            report = asyncio.run(run(plan, entries, weight_files.kind(arguments), nvidia, arguments.out))
         except LauncherError as error:
             sys.exit(error.render())
         except PromptFailed as error:
             sys.exit(f"The reference could not be drawn, so nothing was measured: {error}")
+    if wrong := [entry["name"] for entry in report["contestants"] if entry["name"].startswith(OURS) and faulty(entry)]:
+        sys.exit(f"Not measured as asked: {'; '.join(wrong)}.")
 
 
 def parse(words: list[str]) -> argparse.Namespace:
@@ -95,12 +98,12 @@ def formats(plan: server_run.Plan) -> dict[str, str]:
 
 async def run(
     plan: server_run.Plan, entries: list[Contestant], kind: str, nvidia: machine.Nvidia | None, out: Path | None
-) -> None:
-    """Measure all; table and file grow contestant by contestant, so that a run that is cut short leaves what it has."""
+) -> dict:
+    """Measure all for the report; table and file grow contestant by contestant: a run cut short leaves what it has."""
     judge = reference(plan.demo)
     gate, stats = await server_run.draw_reference(judge, plan)
     report = {
-        "date": time.strftime("%Y-%m-%d"), "command": command(sys.argv[1:]), "commit": commit(),
+        "date": time.strftime("%Y-%m-%d"), "command": command(sys.argv[1:]), **commit(),
         "hardware": hardware(nvidia), "driver": nvidia.driver if nvidia else None,
         "versions": server_run.versions(stats, pyproject.read(PACK / "pyproject.toml", "project", "version")),
         "weights": kind, "steps": 8, "reference": judge.name, "unrelated": gate.unrelated, "contestants": [],
@@ -117,6 +120,14 @@ async def run(
         if out:
             out.parent.mkdir(parents=True, exist_ok=True)
             out.write_text(json.dumps(report, ensure_ascii=False) + "\n", encoding="utf-8")
+    return report
+
+
+def faulty(entry: dict) -> bool:
+    """Whether something of a contestant broke down or drew a wrong picture."""
+    starts = [entry["second_start"]] if "second_start" in entry else []
+    asked = [*entry.get("rows", []), *starts]
+    return "failed" in entry or any("failed" in one or not one["gate"] for one in asked)
 
 
 def lines(entry: dict) -> Iterator[str]:
@@ -159,11 +170,6 @@ def command(words: list[str]) -> str:
     """The command as given, folders shortened to their names: results are published."""
     shortened = [Path(word).name if os.sep in word else word for word in words]
     return shlex.join(["python", "benchmarks/server.py", *shortened])
-
-
-def commit() -> str:
-    words = ["git", "-C", str(PACK), "describe", "--always", "--dirty"]
-    return subprocess.run(words, check=True, capture_output=True, text=True).stdout.strip()
 
 
 def hardware(nvidia: machine.Nvidia | None) -> str:

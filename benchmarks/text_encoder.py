@@ -21,6 +21,7 @@ package.__path__ = [str(PACK)]
 sys.modules["zimage_turbo"] = package
 
 from zimage_turbo.benchmarks.conditions import conditions  # noqa: E402
+from zimage_turbo.benchmarks.gate import insist  # noqa: E402
 from zimage_turbo.benchmarks.timing import milliseconds, quantiles  # noqa: E402
 from zimage_turbo.launcher.inside import host  # noqa: E402
 
@@ -39,7 +40,9 @@ def main() -> None:
     import torch
 
     with torch.inference_mode():
-        Benchmark(arguments.tokens, arguments.out).run(arguments.precision)
+        benchmark = Benchmark(arguments.tokens, arguments.out)
+        benchmark.run(arguments.precision)
+    insist(benchmark.report["rows"])
 
 
 def encoder_of(weights: dict, operations, sizes: dict):

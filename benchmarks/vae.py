@@ -23,6 +23,7 @@ sys.modules["zimage_turbo"] = package
 
 from zimage_turbo.benchmarks import server_weights  # noqa: E402
 from zimage_turbo.benchmarks.conditions import conditions  # noqa: E402
+from zimage_turbo.benchmarks.gate import insist  # noqa: E402
 from zimage_turbo.benchmarks.timing import milliseconds, quantiles  # noqa: E402
 from zimage_turbo.launcher.inside import host  # noqa: E402
 
@@ -45,6 +46,7 @@ def main() -> None:
         report = measure(arguments)
     if arguments.out:
         arguments.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    insist(report["rows"])
 
 
 def measure(arguments: argparse.Namespace) -> dict:

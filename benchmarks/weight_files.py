@@ -11,13 +11,22 @@ from .contestants import FILES
 MAKER = Path(__file__).resolve().parent / "server_weights.py"
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    source = parser.add_mutually_exclusive_group(required=True)
+def add_arguments(parser: argparse.ArgumentParser, required: bool = True) -> None:
+    source = parser.add_mutually_exclusive_group(required=required)
     source.add_argument("--models", type=Path, metavar="FOLDER", help="a models folder with the three official files")
     source.add_argument(
         "--random-weights", type=Path, metavar="FOLDER", help="full-size random files, made there once (20 GB)"
     )
     source.add_argument("--demo", action="store_true", help="the built-in demo, for a machine without weights")
+
+
+def words(arguments: argparse.Namespace) -> list[str]:
+    """The same choice for another benchmark's command line."""
+    if arguments.demo:
+        return ["--demo"]
+    if arguments.models:
+        return ["--models", str(arguments.models)]
+    return ["--random-weights", str(arguments.random_weights)]
 
 
 def kind(arguments: argparse.Namespace) -> str:

@@ -5,6 +5,8 @@ import re
 
 import pytest
 
+from zimage_turbo.benchmarks.gate import ONE_EVALUATION
+
 LABELS = {
     "host bf16": "ComfyUI 0.30", "ours bf16": "`bf16`", "ours fp16": "`fp16`", "ours fp8": "`fp8`",
     "ours int4-fp8": "`int4-fp8`", "diffusers bf16": "diffusers 0.42", "diffusers bf16, torch.compile": "torch.compile",
@@ -26,6 +28,16 @@ def test_speed_of_the_denoiser(pack, page):
         assert row["gate"] and f"{row['denoise_ms']:,.0f} ms" in line
         if row["size"] == 1024:
             assert f"{100 * row['error']:.1f} %" in line
+
+
+def test_quantised_denoisers_are_within_the_bounds_of_today(pack):
+    """A bound that what was measured does not meet would keep the next run from timing anything."""
+    rows = json.loads((pack / "benchmarks" / "results" / "denoise_h100.json").read_text(encoding="utf-8"))["rows"]
+    found = [(row["what"].removeprefix("ours "), row["error"]) for row in rows]
+    bounded = [(precision, error) for precision, error in found if precision in ONE_EVALUATION]
+    assert {precision for precision, _ in bounded} >= {"fp8", "int4-fp8"}
+    for precision, error in bounded:
+        assert error <= ONE_EVALUATION[precision]
 
 
 @pytest.mark.parametrize("page", ["README.md", "README.zh.md"])

@@ -57,13 +57,14 @@ def _stack(checkpoint: Checkpoint, name: str, parts: StateDict) -> torch.Tensor:
     return torch.cat(tensors)
 
 
-def is_quantised(checkpoint: Checkpoint) -> bool:
-    return any(name.endswith(MARKER) for name in checkpoint.weights)
-
-
 def is_ours(checkpoint: Checkpoint) -> bool:
     """Whether any layer is stored in a format of this pack."""
-    return any(settings["format"] in (layouts.INT4, layouts.FP8) for _, settings in _quantised_layers(checkpoint))
+    return any(is_stored_as(checkpoint, form) for form in (layouts.INT4, layouts.FP8))
+
+
+def is_stored_as(checkpoint: Checkpoint, form: str) -> bool:
+    """Whether any layer is stored in that format."""
+    return any(settings["format"] == form for _, settings in _quantised_layers(checkpoint))
 
 
 def storage_only(checkpoint: Checkpoint) -> bool:

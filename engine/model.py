@@ -14,7 +14,8 @@ from comfy.patcher_extension import CallbacksMP
 
 from ..kernels import fp8
 from ..kernels.attention import ATTENTION, AttentionRequest
-from . import cache_file, formats, layouts, quantiser, turbo
+from ..kernels.registry import capability
+from . import cache_file, compiling, formats, layouts, quantiser, turbo
 from .checkpoint import Checkpoint, StateDict, shapes_of
 from .operations import operations
 from .residency import fits
@@ -61,6 +62,7 @@ def load_model(
     """
     load_device = device or management.get_torch_device()
     check_precision(precision, load_device)
+    compiling.announce(load_device)
     layouts.register()
     cached = cache_file.read(path, precision) if precision in quantiser.FORMS else None
     checkpoint = _with_host_names(cached or Checkpoint.read(path))
@@ -72,7 +74,7 @@ def load_model(
     dtype = FLOATS.get(precision) or _preferred_dtype(config, checkpoint.weights, load_device)
     check_attention(attention, load_device, management.unet_manual_cast(dtype, load_device) or dtype)
     if precision in quantiser.FORMS:
-        if cached is None:
+        if not formats.is_stored_as(checkpoint, quantiser.FORMS[precision]):
             checkpoint = quantiser.quantised(checkpoint, precision, load_device)
             if cache:
                 cache_file.write(checkpoint, path, precision)
@@ -98,8 +100,16 @@ def check_precision(precision: str, device: torch.device) -> None:
     reason = fp8.supported(device) if precision in ("fp8", "int4-fp8") else None
     if reason:
         raise ValueError(
-            f"precision '{precision}' cannot be used on {device}: {reason}. Choose 'auto', 'int4' or 'bf16'."
+            f"precision '{precision}' cannot be used on {device}: {reason}. "
+            f"Choose 'auto', 'int4' or '{_unquantised(device)}'."
         )
+
+
+def _unquantised(device: torch.device) -> str:
+    """The precision of whole weights that a device computes in itself; in another, the host casts to fp32."""
+    if device.type == "cpu":
+        return "fp32"
+    return "fp16" if device.type == "cuda" and capability(device) < (8, 0) else "bf16"
 
 
 def check_attention(name: str, device: torch.device, dtype: torch.dtype) -> None:

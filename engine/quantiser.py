@@ -1,6 +1,5 @@
 """From 16-bit weights to ours: quantised on the GPU while loading."""
 
-import logging
 import re
 import time
 
@@ -9,7 +8,7 @@ import comfy.utils
 import torch
 
 from ..kernels import fp8, int4
-from . import formats, layouts
+from . import formats, layouts, progress
 from .checkpoint import Checkpoint
 from .operations import MARKER, mark
 
@@ -33,15 +32,17 @@ def quantised(
     if device.type == "cuda":
         management.free_memory(WORKSPACE, device)
     names = [name for name in checkpoint.weights if linears.fullmatch(name)]
-    weights, start, progress = dict(checkpoint.weights), time.monotonic(), comfy.utils.ProgressBar(len(names))
-    logging.info("Z-Image-Turbo: quantising %d weights to %s on %s.", len(names), form, device)
+    weights, start, bar = dict(checkpoint.weights), time.monotonic(), comfy.utils.ProgressBar(len(names))
+    progress.tell(
+        f"quantising {len(names)} weights of {checkpoint.label} to {form.removeprefix('zimage_')} on {device}"
+    )
     for name in names:
         management.throw_exception_if_processing_interrupted()
         layer = name.removesuffix(".weight")
         made = parts(layer, weights.pop(name).to(device), form)
         weights |= {key: value.cpu() for key, value in made.items()}
-        progress.update(1)
-    logging.info("Z-Image-Turbo: quantised in %.1f s.", time.monotonic() - start)
+        bar.update(1)
+    progress.tell(f"quantised {checkpoint.label} in {time.monotonic() - start:.1f} s")
     return checkpoint.replaced(weights)
 
 

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 import comfy.model_management as management
 import torch
 
-from ..kernels.registry import installed
+from ..kernels import registry
 from .residency import replaced
 
 
@@ -20,9 +20,7 @@ def common_refusal(device: torch.device) -> str | None:
 
 def triton_refusal(device: torch.device) -> str | None:
     """Why our kernels cannot run on a GPU; None if they can, and on a processor, which takes their references."""
-    if device.type == "cuda" and (torch.version.hip or not installed("triton")):
-        return "this GPU has no Triton for CUDA"
-    return None
+    return registry.triton_refusal(registry.Request(device)) if device.type == "cuda" else None
 
 
 def bypass_refusal(parts: Iterable[torch.nn.Module]) -> str | None:

@@ -16,6 +16,8 @@ def supported(device: torch.device | str) -> str | None:
     device = torch.device(device)
     if device.type != "cuda":
         return f"FP8 products need an NVIDIA GPU of compute capability 8.9 or newer; the device is {device.type}"
+    if torch.version.hip:
+        return "FP8 products need an NVIDIA GPU of compute capability 8.9 or newer; this torch is built for ROCm"
     own = capability(device)
     if own < CAPABILITY:
         return (

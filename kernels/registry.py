@@ -26,6 +26,8 @@ from dataclasses import dataclass
 
 import torch
 
+OLDEST = (7, 0)  # what Triton compiles for
+
 
 @dataclass(frozen=True)
 class Request:
@@ -232,8 +234,12 @@ def triton_refusal(request: Request) -> str | None:
     """Why our Triton kernels cannot run the request."""
     if request.device.type != "cuda":
         return f"needs an NVIDIA GPU, the tensors are on {request.device.type}"
+    if torch.version.hip:
+        return "needs an NVIDIA GPU, this torch is built for ROCm"
     if not installed("triton"):
         return "the package triton is not installed"
+    if request.capability < OLDEST:
+        return "needs a GPU of compute capability 7.0 or newer, this one has {}.{}".format(*request.capability)
     if request.quantise and request.capability < (8, 9):
         return "FP8 needs a GPU of compute capability 8.9 or newer, this one has {}.{}".format(*request.capability)
     return None

@@ -206,6 +206,15 @@ def test_a_model_is_there_before_its_file_which_the_next_load_awaits(file, tmp_p
     assert torch.equal(drawn(load_model(source, "int4")), first)
 
 
+@pytest.mark.parametrize("precision", ["int4", "auto"])
+def test_what_is_int4_is_not_quantised_again(file, tmp_path, monkeypatch, precision):
+    first, saved = load_model(file, "int4"), tmp_path / "saved.safetensors"
+    comfy.utils.save_torch_file(first.model.diffusion_model.state_dict(), str(saved))
+    monkeypatch.setattr(quantiser, "quantised", lambda *_: pytest.fail("quantised again"))
+    assert torch.equal(drawn(load_model(saved, precision, cache=True)), drawn(first))
+    assert not cache_file.place(saved, "int4").exists()
+
+
 def test_cache_of_an_older_file_is_not_taken(file, tmp_path):
     source = tmp_path / "model.safetensors"
     source.write_bytes(file.read_bytes())

@@ -84,17 +84,6 @@ def random_weights() -> Iterator[tuple[str, "torch.Tensor"]]:  # noqa: F821
         yield name, noise
 
 
-def rotated_parts(layer: str, weight, form: str) -> dict:
-    """What `quantiser.parts` gives for an INT4 weight that is found to be heavy-tailed."""
-    from zimage_turbo.engine import quantiser
-    from zimage_turbo.kernels import int4
-
-    packed = int4.quantise(weight, rotate=True)
-    made = {"weight": packed.codes, "weight_scale": packed.scales, "weight_groups": packed.groups}
-    made[quantiser.MARKER] = quantiser.mark(form, packed.rotated)
-    return {f"{layer}.{name}": part for name, part in made.items()}
-
-
 def build(precision: str, rotated: bool = False):
     """The denoiser in a precision, as the loader makes it, and the seconds that its quantisation took."""
     import comfy.ops
@@ -106,13 +95,12 @@ def build(precision: str, rotated: bool = False):
     from zimage_turbo.tests.weights import FULL
 
     dtype = model.FLOATS.get(precision, torch.bfloat16)
-    parts = rotated_parts if rotated else quantiser.parts
     form, seconds, weights = quantiser.FORMS.get(precision), 0.0, {}
     for name, weight in random_weights():
         if form and quantiser.BLOCK_LINEAR.fullmatch(name):
             torch.cuda.synchronize()
             started = time.perf_counter()
-            weights |= parts(name.removesuffix(".weight"), weight, form)
+            weights |= quantiser.parts(name.removesuffix(".weight"), weight, form, rotate=rotated or None)
             torch.cuda.synchronize()
             seconds += time.perf_counter() - started
         else:

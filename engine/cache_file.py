@@ -65,4 +65,7 @@ def _save(weights: dict, kept: Path, metadata: dict[str, str]) -> None:
         logging.warning("Z-Image-Turbo: %s could not be kept: %s", kept, error)
         partial.unlink(missing_ok=True)
         return
+    except Exception:  # on this thread nobody else would hear of it
+        logging.exception("Z-Image-Turbo: %s could not be written.", kept)
+        return
     logging.info("Z-Image-Turbo: kept %s (%.1f GB).", kept, kept.stat().st_size / 1e9)

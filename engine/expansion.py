@@ -39,12 +39,13 @@ def beside(linears: Iterable[torch.nn.Module], work: int) -> Iterator[Expanded]:
         linear: torch.empty(weight.shape, dtype=torch.float8_e4m3fn, device=device)
         for linear, weight in weights.items()
     }
+    programs = PROGRAMS * torch.cuda.get_device_properties(device).multi_processor_count
     there.wait_stream(here)
     try:
         with torch.cuda.stream(there):
             for linear, weight in weights.items():
                 packed = layouts.packed(weight._qdata, weight._params)
-                int4.expand(packed, torch.float8_e4m3fn, expanded[linear], programs=PROGRAMS * _processors(device))
+                int4.expand(packed, torch.float8_e4m3fn, expanded[linear], programs=programs)
         yield expanded
     finally:
         here.wait_stream(there)
@@ -54,7 +55,3 @@ def beside(linears: Iterable[torch.nn.Module], work: int) -> Iterator[Expanded]:
 def _stream(device: torch.device) -> torch.cuda.Stream:
     """Of high priority: what is captured or runs as usual is on another."""
     return torch.cuda.Stream(device, priority=-1)
-
-
-def _processors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count

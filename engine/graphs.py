@@ -80,7 +80,7 @@ class Graphs:
         self.seen[key] += 1
         if key in self.refused or self.seen[key] <= WARM_UP:
             return None
-        if key not in self.captured.values and not self.spares_one(inputs[0].device):
+        if key not in self.captured and not self.spares_one(inputs[0].device):
             return None
         try:
             captured = self.captured.get(key, lambda: self.capture(function, inputs))

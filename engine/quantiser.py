@@ -46,13 +46,13 @@ def quantised(
     return checkpoint.replaced(weights)
 
 
-def parts(layer: str, weight: torch.Tensor, form: str) -> dict[str, torch.Tensor]:
-    """What stands in a file for one linear weight [N, K], on the weight's device."""
+def parts(layer: str, weight: torch.Tensor, form: str, rotate: bool | None = None) -> dict[str, torch.Tensor]:
+    """What stands in a file for one linear weight [N, K], on the weight's device; rotate: as in `int4.quantise`."""
     if form == layouts.FP8:
         codes, scales = fp8.quantise_weight(weight)
         made = {"weight": codes, "weight_scale": scales, MARKER: mark(form)}
     else:
-        packed = int4.quantise(weight)
+        packed = int4.quantise(weight, rotate)
         made = {"weight": packed.codes, "weight_scale": packed.scales, "weight_groups": packed.groups}
         made[MARKER] = mark(form, packed.rotated)
     return {f"{layer}.{name}": part for name, part in made.items()}

@@ -12,6 +12,9 @@ class Recent:
         self.limit = limit
         self.values: OrderedDict[Hashable, Any] = OrderedDict()
 
+    def __contains__(self, key: Hashable) -> bool:
+        return key in self.values
+
     def get(self, key: Hashable, make: Callable[[], Any]) -> Any:
         """The value of `key`, made if it is not there; what `make` raises leaves nothing behind."""
         if key not in self.values:

@@ -64,6 +64,10 @@ def test_memory(pack, page):
     report = json.loads((results / "memory_6gib_h100.json").read_text(encoding="utf-8"))
     assert not any("failed" in run for run in report["runs"])
     assert f"{max(run['peak_allocated_gib'] for run in report['runs']):.1f} GiB" in text
+    report = json.loads((results / "memory_8gib_h100.json").read_text(encoding="utf-8"))
+    denoised = [row for run in report["runs"] for row in run["phases"] if row["phase"].startswith("denoise")]
+    moved = max(1 - on_gpu / total for on_gpu, total in (row["weights_mib"]["text encoder"] for row in denoised))
+    assert f"{100 * moved:.0f} %" in text
     report = json.loads((results / "endurance_h100.json").read_text(encoding="utf-8"))
     assert report["held"] and f"{100 * report['growth']:.2f} %" in text
 

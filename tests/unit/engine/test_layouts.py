@@ -242,6 +242,18 @@ def test_a_disk_that_takes_no_cache_does_not_stop_the_model(file, tmp_path, capl
     assert "could not be kept" in caplog.text and not list(tmp_path.glob("*.partial"))
 
 
+def test_a_fault_of_the_writer_is_told_and_stops_nobody(file, tmp_path, caplog, monkeypatch):
+    def faulty(*_, **options):
+        raise RuntimeError("some tensors share memory")
+
+    source = tmp_path / "model.safetensors"
+    source.write_bytes(file.read_bytes())
+    monkeypatch.setattr(cache_file, "save_file", faulty)
+    load_model(source, "int4", cache=True)
+    assert cache_file.read(source, "int4") is None
+    assert "could not be written" in caplog.text and "some tensors share memory" in caplog.text
+
+
 def test_a_file_without_groups_is_incomplete(int4, tmp_path):
     weights = int4.model.diffusion_model.state_dict()
     del weights["layers.0.attention.qkv.weight_groups"]

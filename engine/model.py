@@ -10,12 +10,12 @@ import comfy.supported_models
 import comfy.utils
 import torch
 from comfy.ldm.lumina.model import NextDiT
-from comfy.patcher_extension import CallbacksMP
+from comfy.patcher_extension import CallbacksMP, WrappersMP
 
 from ..kernels import fp8
 from ..kernels.attention import ATTENTION, AttentionRequest
 from ..kernels.registry import capability
-from . import cache_file, compiling, formats, layouts, quantiser, turbo
+from . import cache_file, compiling, conditioning, formats, layouts, quantiser, turbo
 from .checkpoint import Checkpoint, StateDict, shapes_of
 from .operations import operations
 from .residency import fits
@@ -87,6 +87,7 @@ def load_model(
     patcher = _build(config, checkpoint.weights, dtype, load_device, resident)
     turbo.adopt(patcher.model.diffusion_model, attention, patcher.model)
     patcher.add_callback(CallbacksMP.ON_DETACH, turbo.free_memory)
+    patcher.add_wrapper(WrappersMP.PREPARE_SAMPLING, conditioning.nearby)
     for name, values in preview_colours.items():
         if values:  # a latent space of its own; without them the host previews in the official one's colours
             setattr(patcher.model.latent_format, name, values)

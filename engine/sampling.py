@@ -32,21 +32,26 @@ def empty_latent(model, width: int, height: int, batch_size: int) -> dict:
                 f"{name} is {side}, but sides are multiples of {SIZE_STEP} pixels. Use {below} or {below + SIZE_STEP}."
             )
     shape = (batch_size, 16, sides["height"] // LATENT_SCALE, sides["width"] // LATENT_SCALE)
-    return {"samples": torch.zeros(shape, device=comfy.model_management.intermediate_device())}
+    return {"samples": torch.zeros(shape, device=model.load_device)}
 
 
 def sample(model, positive: list, latent: dict, seed: int, levels: torch.Tensor) -> dict:
     """The latent at the end of the schedule, as a LATENT with the keys of the given one.
 
+    All is checked where the model computes: on a processor of many cores each look at a latent takes milliseconds.
     Guidance is off: one evaluation a step. Raises ValueError for a latent or result with NaN or infinity.
     """
     start = comfy.sample.fix_empty_latent_channels(
-        model, latent["samples"], latent.get("downscale_ratio_spacial"), latent.get("downscale_ratio_temporal")
+        model,
+        latent["samples"].to(model.load_device),
+        latent.get("downscale_ratio_spacial"),
+        latent.get("downscale_ratio_temporal"),
     )
     _check_start(model, start)
     kept = {key: value for key, value in latent.items() if not key.startswith("downscale_ratio_")}
+    outcome = comfy.model_management.intermediate_device()
     if len(levels) < 2:
-        return kept | {"samples": start}
+        return kept | {"samples": start.to(outcome)}
     guider = comfy.samplers.CFGGuider(model)
     guider.inner_set_conds({"positive": positive})
     guider.set_cfg(1.0)
@@ -60,8 +65,9 @@ def sample(model, positive: list, latent: dict, seed: int, levels: torch.Tensor)
         disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
         seed=seed,
     )
-    result = result.to(comfy.model_management.intermediate_device())
-    if not torch.isfinite(result).all():
+    finite = torch.isfinite(result).all()  # before the copy, which waits for the result anyway
+    result = result.to(outcome)
+    if not finite:
         raise ValueError(
             "The sampler's result has NaN or infinite values: the model overflowed in "
             f"{model.model.get_dtype_inference()}. Set the loader's precision to bf16 or fp32."

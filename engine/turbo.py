@@ -12,6 +12,7 @@ import comfy.utils
 import torch
 from comfy.ldm.lumina.model import NextDiT
 from comfy.model_base import BaseModel
+from comfy.patcher_extension import WrappersMP
 
 from . import forward, layouts
 from .graphs import Graphs
@@ -63,7 +64,9 @@ class TurboNextDiT(NextDiT):
         )
         uuids = tuple(options.get("uuids") or ())
         patcher = getattr(self.base(), "current_patcher", None)
-        changing = any((options.get("wrappers") or {}).values()) or getattr(patcher, "current_hooks", None)
+        wrappers = options.get("wrappers") or {}
+        wrapped = any(each for kind, each in wrappers.items() if kind != WrappersMP.PREPARE_SAMPLING)
+        changing = wrapped or getattr(patcher, "current_hooks", None)
         return self.captions.get((uuids, context.shape, context.dtype), refine) if uuids and not changing else refine()
 
     def compute(self, x: torch.Tensor) -> forward.Compute:

@@ -95,6 +95,20 @@ def test_a_forward_never_waits_for_the_gpu(file, precision):
     assert torch.equal(replayed, computed)
 
 
+def test_text_is_on_the_gpu_before_the_first_evaluation(file, monkeypatch):
+    """A copy of it in every evaluation would make the host wait for the GPU, and the GPU for the host."""
+    cast, devices = comfy.model_management.cast_to_device, []
+
+    def watched(tensor, *arguments, **options):
+        devices.append(tensor.device.type)
+        return cast(tensor, *arguments, **options)
+
+    patcher = load_model(file, "bf16")
+    monkeypatch.setattr(comfy.model_management, "cast_to_device", watched)
+    draw(patcher, (256, 256))
+    assert devices == ["cuda"] * 8
+
+
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_lora_switches_and_sizes_leave_no_trace(file, precision):
     """Ten switches of LoRA and size give the latents that a fresh model gives."""

@@ -10,6 +10,7 @@ from comfy.text_encoders.z_image import Qwen3_4BModel
 from . import qwen
 from .graphs import Graphs
 from .recent import Recent
+from .rehearsal import rehearsed
 from .residency import resident_weights
 from .shortage import spares_a_graph, with_room
 from .turbo import FAST, REPLAYED
@@ -64,6 +65,7 @@ class TurboTextEncoder(Qwen3_4BModel):
             if states is not None:
                 self.forwards[REPLAYED] += 1
                 return states[:, :count]
+        run = run if self.forwards[FAST] else rehearsed(run, device)
         self.forwards[FAST] += 1
         return with_room(run, inputs, table)[:, :count]
 

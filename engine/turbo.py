@@ -18,6 +18,7 @@ from . import forward, layouts
 from .graphs import Graphs
 from .measured import attention_backend
 from .recent import Recent
+from .rehearsal import rehearsed
 from .residency import resident_weights
 from .shortage import spares_a_graph, with_room
 
@@ -62,6 +63,7 @@ class TurboNextDiT(NextDiT):
         refine = functools.partial(
             forward.refine_caption, self, context, forward.Compute(context.dtype, self.attention)
         )
+        refine = refine if self.forwards[FAST] else rehearsed(refine, context.device)
         uuids = tuple(options.get("uuids") or ())
         patcher = getattr(self.base(), "current_patcher", None)
         wrappers = options.get("wrappers") or {}
@@ -92,8 +94,9 @@ class TurboNextDiT(NextDiT):
             if result is not None:
                 self.forwards[REPLAYED] += 1
                 return result
-        self.forwards[FAST] += 1
         frugal = functools.partial(forward.denoise, self, dataclasses.replace(compute, rows=ROWS_WHEN_SHORT))
+        denoise = denoise if self.forwards[FAST] else rehearsed(denoise, x.device)
+        self.forwards[FAST] += 1
         return with_room(denoise, *inputs, frugal=frugal)
 
 

@@ -1,13 +1,15 @@
 """CUDA graphs on a GPU: what is replayed is what would be computed, whatever happens between two runs."""
 
 import contextlib
+import sys
+import threading
 
 import comfy.model_management
 import comfy.sd
 import pytest
 import torch
 
-from zimage_turbo.engine import expansion, forward, graphs, ode, sampling, shortage, turbo
+from zimage_turbo.engine import compiling, expansion, forward, graphs, ode, sampling, shortage, turbo
 from zimage_turbo.engine.model import load_model
 from zimage_turbo.tests.comparison import relative_error
 from zimage_turbo.tests.weights import small_transformer
@@ -93,6 +95,29 @@ def test_a_forward_never_waits_for_the_gpu(file, precision):
         torch.cuda.set_sync_debug_mode("default")
     assert dict(module.forwards) == {turbo.REPLAYED: 1, turbo.FAST: 1}
     assert torch.equal(replayed, computed)
+
+
+def test_kernels_are_compiled_side_by_side_before_the_first_evaluation(file, monkeypatch):
+    """With nothing compiled in this process: the same latent, and every kernel got ready by the rehearsals."""
+    triton = pytest.importorskip("triton")
+    expected = draw(load_model(file, "fp8"), (256, 256))
+    knobs = compiling.knobs()
+    compiled = []
+
+    def listener(*, src, cache_hit, **rest):
+        compiled.append((src.fn.__module__, threading.current_thread().name.startswith("compile")))
+
+    monkeypatch.setattr(knobs.compilation, "listener", listener)
+    for name, module in list(sys.modules.items()):
+        if name.startswith(compiling.KERNELS):
+            for kernel in vars(module).values():
+                if isinstance(kernel, triton.runtime.JITFunction):
+                    kernel.device_caches.clear()
+    patcher = load_model(file, "fp8")
+    compiled.clear()  # of quantising
+    assert torch.equal(draw(patcher, (256, 256)), expected)
+    ours = [aside for module, aside in compiled if module.startswith(compiling.KERNELS)]
+    assert len(ours) > 5 and all(ours)
 
 
 def test_text_is_on_the_gpu_before_the_first_evaluation(file, monkeypatch):

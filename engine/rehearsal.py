@@ -1,0 +1,77 @@
+"""Compiling the kernels of a function side by side: Triton by itself compiles each where it is first launched.
+
+A rehearsal calls the function without the launches of our kernels that are not compiled yet. Threads compile these
+meanwhile (nine tenths of that is LLVM and ptxas, which run beside Python), and then the function is called in earnest.
+The results of the rehearsal are garbage that nobody sees; all else in the function must depend on shapes and types
+alone, as it does in whatever a CUDA graph can capture.
+"""
+
+import contextvars
+import os
+import threading
+from collections.abc import Callable
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from typing import Any
+
+import torch
+
+from .compiling import KERNELS, knobs
+
+MOST_THREADS = 16
+
+
+class Rehearsal:
+    """What Triton asks before it compiles a kernel: True for "leave it, and leave out the launch".
+
+    before: who was asked until now, whose word counts first.
+    """
+
+    def __init__(self, threads: Executor, device: torch.device, before: Callable[..., bool | None] | None = None):
+        self.threads, self.device, self.before = threads, device, before
+        self.owner = threading.get_ident()
+        self.compiled: dict[str, Future] = {}
+
+    def __call__(self, *, fn: Any, compile: dict[str, Any], is_manual_warmup: bool, **rest: Any) -> bool:
+        """fn: the kernel's module, name and jit_function; compile: what it is to be compiled for."""
+        if self.before is not None and self.before(fn=fn, compile=compile, is_manual_warmup=is_manual_warmup, **rest):
+            return True
+        # Launches of other threads are in earnest; a warm-up is our own compilation, asking on its thread.
+        if is_manual_warmup or threading.get_ident() != self.owner or not fn.module.startswith(KERNELS):
+            return False
+        data = compile["specialization_data"]
+        if data not in self.compiled:  # asks for each launch, since a kernel left out is not there the next time
+            context = contextvars.copy_context()  # says which node runs
+            self.compiled[data] = self.threads.submit(context.run, self._compile, fn.jit_function, data)
+        return True
+
+    def _compile(self, function: Any, data: str) -> None:
+        with torch.cuda.device(self.device):  # the current one belongs to a thread
+            function.preload(data)
+
+
+def rehearsed(function: Callable[..., torch.Tensor], device: torch.device) -> Callable[..., torch.Tensor]:
+    """`function`, which compiles all that it needs before it does its work; itself where there is nothing to compile.
+
+    For the first call on a device; the call raises what compiling raised.
+    """
+    triton = knobs() if device.type == "cuda" else None
+    if triton is None:
+        return function
+
+    def run(*inputs: torch.Tensor) -> torch.Tensor:
+        _rehearse(triton, function, inputs, device)
+        return function(*inputs)
+
+    return run
+
+
+def _rehearse(triton: Any, function: Callable[..., torch.Tensor], inputs: tuple, device: torch.device) -> None:
+    with ThreadPoolExecutor(min(MOST_THREADS, os.cpu_count() or 1), "compile") as threads:
+        before = triton.runtime.jit_cache_hook
+        rehearsal = triton.runtime.jit_cache_hook = Rehearsal(threads, device, before)
+        try:
+            function(*inputs)
+        finally:
+            triton.runtime.jit_cache_hook = before
+    for compiled in rehearsal.compiled.values():
+        compiled.result()

@@ -1,17 +1,19 @@
 """CUDA graphs on a GPU: what is replayed is what would be computed, whatever happens between two runs."""
 
 import contextlib
+import subprocess
 import sys
 import threading
 
 import comfy.model_management
-import comfy.sd
 import pytest
 import torch
 
-from zimage_turbo.engine import compiling, expansion, forward, graphs, ode, sampling, shortage, turbo
+from zimage_turbo.engine import compiling, expansion, forward, graphs, shortage, turbo
 from zimage_turbo.engine.model import load_model
 from zimage_turbo.tests.comparison import relative_error
+from zimage_turbo.tests.gpu import latents
+from zimage_turbo.tests.gpu.latents import SIZES, draw, positive, with_lora
 from zimage_turbo.tests.weights import small_transformer
 
 pytestmark = [
@@ -19,24 +21,6 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU"),
 ]
 PRECISIONS = ["bf16", "fp16", "fp8", "int4", "int4-fp8"]
-SIZES = [(256, 256), (192, 320), (256, 256), (208, 208)]
-
-
-def positive(seed: int) -> list:
-    return [[torch.randn(1, 40, 256, generator=torch.Generator().manual_seed(seed)), {}]]
-
-
-def draw(patcher, size: tuple[int, int], seed: int = 1) -> torch.Tensor:
-    latent = sampling.empty_latent(patcher, *size, 1)
-    return sampling.sample(patcher, positive(seed), latent, seed, ode.sigmas())["samples"].cpu()
-
-
-def lora() -> dict[str, torch.Tensor]:
-    generator = torch.Generator().manual_seed(9)
-    return {
-        f"diffusion_model.layers.0.attention.out.lora_{part}.weight": torch.randn(shape, generator=generator) * 0.1
-        for part, shape in (("A", (4, 256)), ("B", (256, 4)))
-    }
 
 
 @pytest.fixture(scope="module")
@@ -134,18 +118,23 @@ def test_text_is_on_the_gpu_before_the_first_evaluation(file, monkeypatch):
     assert devices == ["cuda"] * 8
 
 
+@pytest.fixture(scope="module")
+def of_a_fresh_process(file, comfyui, tmp_path_factory):
+    """By precision, the latents that a process without a past draws."""
+    out = tmp_path_factory.mktemp("fresh") / "latents.pt"
+    subprocess.run([sys.executable, latents.__file__, comfyui, file, out, *PRECISIONS], check=True, timeout=300)
+    return torch.load(out, weights_only=True)
+
+
 @pytest.mark.parametrize("precision", PRECISIONS)
-def test_lora_switches_and_sizes_leave_no_trace(file, precision):
-    """Ten switches of LoRA and size give the latents that a fresh model gives."""
+def test_lora_switches_and_sizes_leave_no_trace(file, precision, of_a_fresh_process):
+    """Ten switches of LoRA and size give the latents that a fresh process gives."""
     patcher = load_model(file, precision)
-    plain = [draw(load_model(file, precision), size) for size in SIZES]
-    with_lora, _ = comfy.sd.load_lora_for_models(patcher, None, lora(), 1.0, 0.0)
-    fresh, _ = comfy.sd.load_lora_for_models(load_model(file, precision), None, lora(), 1.0, 0.0)
-    loud = [draw(fresh, size) for size in SIZES]
+    patched, expected = with_lora(patcher), of_a_fresh_process[precision]
     for turn in range(10):
         size = turn % len(SIZES)
-        assert torch.equal(draw(patcher, SIZES[size]), plain[size])
-        assert torch.equal(draw(with_lora, SIZES[size]), loud[size])
+        assert torch.equal(draw(patcher, SIZES[size]), expected["plain"][size])
+        assert torch.equal(draw(patched, SIZES[size]), expected["lora"][size])
 
 
 @pytest.mark.parametrize("precision", ["bf16", "int4-fp8"])

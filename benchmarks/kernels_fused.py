@@ -17,14 +17,16 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from torch.nn.functional import layer_norm, rms_norm, silu
+from torch.nn.functional import layer_norm, linear, rms_norm, silu
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.conditions import gpu_conditions
-from kernels import attention, norm, rope, swiglu
+from kernels import attention, fp8, modulation, norm, rope, swiglu
 from kernels.arguments import FP8, outputs, quantise_rows
 
 TOKENS, WIDTH, HEADS, HEAD_WIDTH, HIDDEN = 4224, 3840, 30, 128, 10240
+LAYERS, TIME_WIDTH = 32, 256  # that are modulated; of the noise level's embedding
+PRODUCTS = {"qkv": (3 * WIDTH, WIDTH), "out": (WIDTH, WIDTH), "w1, w3": (HIDDEN, WIDTH), "w2": (WIDTH, HIDDEN)}
 EPS, SETS, REPLAYS = 1e-5, 3, 15
 EXACT = 0.01  # relative error of an attention backend that rounds to bf16 only: 0.003 to 0.005
 ATTENTION_BLOCKS = [(128, 128, 8, 2), (128, 128, 8, 3), (128, 64, 8, 3), (128, 64, 8, 4), (64, 64, 4, 3)]
@@ -64,7 +66,7 @@ def main() -> None:
         if arguments.rows:
             report["rows"] = row_sweep()
         else:
-            report |= {"elementwise": elementwise(), "attention": attention_backends()}
+            report |= {"elementwise": elementwise(), "products": fp8_products(), "attention": attention_backends()}
         if arguments.sweep:
             report["sweep"] = sweep()
     if arguments.out:
@@ -84,6 +86,15 @@ def cases(device, tokens=TOKENS) -> list[Case]:
         x, h = tensor(1, tokens, WIDTH, spread=3, dtype=dtype), tensor(1, tokens, WIDTH, spread=5)
         return x, h, 1 + tensor(WIDTH, spread=0.2), tensor(1, WIDTH), 1 + tensor(WIDTH, spread=0.2), tensor(1, WIDTH)
 
+    def sums():
+        x, _, *vectors = residual()
+        row_scales, column_scales = (torch.rand(shape, device=device) * 1e-2 for shape in ((tokens, 1), (WIDTH,)))
+        return x, tensor(1, tokens, WIDTH, spread=1e5), *vectors, row_scales, column_scales
+
+    def layers():
+        weights = (tensor(4 * WIDTH, TIME_WIDTH, spread=0.05) for _ in range(LAYERS))
+        return tensor(1, TIME_WIDTH), *weights, *(tensor(4 * WIDTH) for _ in range(LAYERS))
+
     def heads():
         phase = torch.randn(tokens, HEAD_WIDTH // 2, device=device) * 9
         weights = (1 + tensor(HEAD_WIDTH, spread=0.2) for _ in range(2))
@@ -98,6 +109,13 @@ def cases(device, tokens=TOKENS) -> list[Case]:
     def eager_residual(x, h, post_weight, gate, next_weight, scale):
         x = x + gate.unsqueeze(1).tanh() * rms_norm(h, h.shape[-1:], post_weight, EPS)
         return x, eager_modulate(x, next_weight.to(x.dtype), scale)[0].to(h.dtype)
+
+    def eager_sums(x, sums, post_weight, gate, next_weight, scale, row_scales, column_scales):
+        h = (sums * row_scales * column_scales).to(sums.dtype)
+        return eager_residual(x, h, post_weight, gate, next_weight, scale)
+
+    def eager_layers(x, *parts):
+        return (torch.stack([linear(x, *one) for one in zip(parts[:LAYERS], parts[LAYERS:], strict=True)]),)
 
     def eager_rope(qkv, q_weight, k_weight, table):
         cos, sin = table[:, None].unbind(-1)
@@ -121,6 +139,12 @@ def cases(device, tokens=TOKENS) -> list[Case]:
     def ours_residual(*given, quantise=False):
         return norm.residual_rms_modulate(*given, EPS, quantise)
 
+    def ours_sums(*given, quantise=False):
+        return norm.residual_rms_modulate(*given[:6], EPS, quantise, 1.0, *given[6:])
+
+    def ours_layers(x, *parts):
+        return (modulation.products(x, parts[:LAYERS], parts[LAYERS:]),)
+
     return [
         Case("rms_modulate", modulate, lambda *given: (norm.rms_modulate(*given, EPS),), eager_modulate),
         Case(
@@ -133,6 +157,12 @@ def cases(device, tokens=TOKENS) -> list[Case]:
             "residual_rms_modulate -> fp8", residual, lambda *given: ours_residual(*given, quantise=True),
             quantised(eager_residual), fp8=True,
         ),
+        Case("residual_rms_modulate of sums", sums, ours_sums, eager_sums),
+        Case(
+            "residual ... of sums -> fp8", sums, lambda *given: ours_sums(*given, quantise=True),
+            quantised(eager_sums), fp8=True,
+        ),
+        Case("modulation of 32 layers", layers, ours_layers, eager_layers),
         Case("layer_modulate", modulate, lambda x, _, scale: (norm.layer_modulate(x, scale, 1e-6),), eager_layer),
         Case("qk_norm_rope, by heads", heads, lambda *given: rope.qk_norm_rope(*given, EPS)[:2], eager_rope),
         Case(
@@ -192,6 +222,29 @@ def elementwise() -> list[dict]:
         if "eager_ms" in row:
             line += f"{row['eager_ms'][1] * 1e3:10.1f}{row['eager_ms'][1] / middle:9.1f}x"
         print(line, flush=True)
+    return rows
+
+
+def fp8_products() -> list[dict]:
+    """FP8 products that scale rows and columns, and that leave the scales to the norm behind them, in 16 bit."""
+    rows = []
+    print(f"\n{'FP8 product':30}{'N':>7}{'K':>7}{'scaled us':>11}{'sums us':>9}{'TFLOP/s':>9}")
+    for name, (width, columns) in PRODUCTS.items():
+        weight = fp8.quantise_weight(torch.randn(width, columns, device="cuda") * 0.02)
+        sets = [(*fp8.quantise_rows(torch.randn(TOKENS, columns, device="cuda")), *weight) for _ in range(SETS)]
+        x, x_scales, codes, scales = sets[0]
+        exact = x.double() @ codes.double().T
+        found = relative(fp8.product(x, codes), exact)
+        found = max(found, relative(fp8.linear(*sets[0], None, torch.bfloat16), exact * x_scales * scales))
+        if not found <= 4 * relative(exact.bfloat16(), exact):  # tensor cores sum with fewer bits; NaN fails
+            sys.exit(f"FP8 product {name}: error {found:.2e}; nothing was timed")
+        row = {"name": name, "outputs": width, "columns": columns, "error": found}
+        row["scaled_ms"] = timed(lambda *given: fp8.linear(*given, None, torch.bfloat16), sets)
+        row["sums_ms"] = timed(lambda x, x_scales, codes, scales: fp8.product(x, codes), sets)
+        row["tflop_s"] = 2 * TOKENS * width * columns / row["sums_ms"][1] / 1e9
+        line = f"{row['scaled_ms'][1] * 1e3:11.1f}{row['sums_ms'][1] * 1e3:9.1f}{row['tflop_s']:9.0f}"
+        print(f"{name:30}{width:7}{columns:7}{line}", flush=True)
+        rows.append(row)
     return rows
 
 
@@ -289,7 +342,7 @@ def residual_of_split(split, quantise, x, h, post_weight, gate, next_weight, sca
 
     x_out, (y, row_scales) = torch.empty_like(x), outputs(x.shape, FP8 if quantise else h.dtype, x.device, None)
     norm_triton.residual_rms_modulate(
-        x, h, post_weight, gate, next_weight, scale, EPS, 1.0, x_out, y, row_scales, split
+        x, h, post_weight, gate, next_weight, scale, EPS, 1.0, x_out, y, row_scales, split=split
     )
     return (x_out, y, row_scales) if quantise else (x_out, y)
 

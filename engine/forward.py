@@ -5,10 +5,13 @@ It knows text-to-image and image-to-image with any LoRA; `refusal` says what it 
 
 fp16 ends at 65504, which Z-Image exceeds: there the residual stream is held in fp32, and what enters the last product
 of each half of a block is scaled by a power of two, which the norm behind it undoes exactly.
+
+In FP8 that last product leaves its scales, of rows and columns, to that norm, which has them nearly for nothing.
 """
 
 import functools
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from comfy.ldm.lumina.model import FeedForward, JointAttention, JointTransformerBlock, NextDiT, pad_zimage, pos_ids_x
@@ -17,6 +20,7 @@ from ..kernels import attention, norm, rope, swiglu
 from ..kernels.arguments import FLOATS
 from . import expansion, layouts
 from .expansion import Expanded
+from .modulation import Modulation, modulations
 from .refusal import bypass_refusal, common_refusal
 from .residency import near, replaced
 
@@ -26,7 +30,19 @@ FOREIGN_OPTIONS = ("patches", "patches_replace", "rope_options", "optimized_atte
 QK_EPS = torch.finfo(torch.float32).eps  # what the host takes where a norm names none
 FP16_FACTOR = 2.0**-7
 ROWS_AT_ONCE = 20480  # of a feed-forward: 1.2 GB in 16 bit, a picture of 2048x2048
+OUT_AS_SUMS = True  # whether the last product of attention leaves its scales too: its K is short, so it gains less
 Rows = torch.Tensor | tuple[torch.Tensor, torch.Tensor]  # [B, S, D], or its FP8 codes [B, S, D] and scales [B S, 1]
+
+
+class Sums(NamedTuple):
+    """What half a block computed, [B, S, D]: sums * row_scales [B S, 1] * column_scales [D]."""
+
+    sums: torch.Tensor
+    row_scales: torch.Tensor
+    column_scales: torch.Tensor
+
+
+Half = torch.Tensor | Sums
 
 
 def refusal(module: NextDiT, context: torch.Tensor | None, options: dict, arguments: dict) -> str | None:
@@ -79,7 +95,8 @@ class Compute:
 def refine_caption(module: NextDiT, context: torch.Tensor, compute: Compute) -> torch.Tensor:
     """The part that knows neither picture nor noise level: [B, T, C] → [B, T padded to 32, D] of the residual type."""
     (caption,), (rotation,), _ = module.embed_cap(context, device=context.device, dtype=context.dtype)
-    return run_blocks(module.context_refiner, caption, None, rope.angles(rotation)[0], compute)
+    blocks = module.context_refiner
+    return run_blocks(blocks, caption, modulations(blocks, None), rope.angles(rotation)[0], compute)
 
 
 def rotation_table(module: NextDiT, words: int, rows: int, columns: int, device: torch.device) -> torch.Tensor:
@@ -111,8 +128,10 @@ def denoise(
     patches = x.view(b, channels, rows, patch, columns, patch).permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
     picture = module.x_embedder(patches)
     picture, _ = pad_zimage(picture, module.x_pad_token, module.pad_tokens_multiple)
-    picture = run_blocks(module.noise_refiner, picture, time, table[words:], compute)
-    both = run_blocks(module.layers, torch.cat((caption, picture), 1), time, table, compute)
+    refiner = module.noise_refiner
+    modulated = modulations([*refiner, *module.layers], time)
+    picture = run_blocks(refiner, picture, modulated[: len(refiner)], table[words:], compute)
+    both = run_blocks(module.layers, torch.cat((caption, picture), 1), modulated[len(refiner) :], table, compute)
     final = module.final_layer
     out = both[:, words : words + rows * columns].contiguous()
     out = norm.layer_modulate(out, final.adaLN_modulation(time), final.norm_final.eps, dtype=x.dtype)
@@ -121,36 +140,26 @@ def denoise(
 
 
 def run_blocks(
-    blocks, x: torch.Tensor, time: torch.Tensor | None, table: torch.Tensor, compute: Compute
+    blocks, x: torch.Tensor, modulated: list[Modulation], table: torch.Tensor, compute: Compute
 ) -> torch.Tensor:
     """x [B, S, D], which may be overwritten, through blocks: [B, S, D] of the residual type.
 
-    time [B, 256] modulates the blocks that are modulated; table [S, head dim / 2, 2]. Each pass over x ends half a
-    block and begins the next.
+    modulated: of each block; table [S, head dim / 2, 2]. Each pass over x ends half a block and begins the next.
     """
-    x, factor = x.to(compute.residual).contiguous(), compute.factor
-    modulations = [modulation(block, time) for block in blocks]
-    y = begin(x, blocks[0].attention_norm1, modulations[0][0], blocks[0].attention.qkv, compute.dtype)
+    x = x.to(compute.residual).contiguous()
+    y = begin(x, blocks[0].attention_norm1, modulated[0][0], blocks[0].attention.qkv, compute.dtype)
     last, expanded = len(blocks) - 1, {}
-    for i, (block, (_, gate_attention, scale_ffn, gate_ffn)) in enumerate(zip(blocks, modulations, strict=True)):
+    for i, (block, (_, gate_attention, scale_ffn, gate_ffn)) in enumerate(zip(blocks, modulated, strict=True)):
         w1 = block.feed_forward.w1
         following = [block.attention.out, w1, block.feed_forward.w3, block.feed_forward.w2]
         following += [blocks[i + 1].attention.qkv] if i < last else []
         h, expanded = attend(block.attention, y, table, compute, expanded, following)
-        x, y = add(x, h, factor, block.attention_norm2, gate_attention, block.ffn_norm1, scale_ffn, w1)
+        x, y = add(x, h, compute, block.attention_norm2, gate_attention, block.ffn_norm1, scale_ffn, w1)
         h = feed_forward(block.feed_forward, y, compute, expanded)
         if i == last:
-            post = block.ffn_norm2
-            return norm.residual_rms_modulate(
-                x, h, near(post.weight, x), gate_ffn, None, None, post.eps, h_scale=factor, x_out=x
-            )
-        after, (scale, *_) = blocks[i + 1], modulations[i + 1]
-        x, y = add(x, h, factor, block.ffn_norm2, gate_ffn, after.attention_norm1, scale, after.attention.qkv)
-
-
-def modulation(block: JointTransformerBlock, time: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-    """Scale and gate of the attention, scale and gate of the feed-forward, each [B, D] or None."""
-    return block.adaLN_modulation(time).chunk(4, -1) if block.modulation else (None,) * 4
+            return end(x, h, compute, block.ffn_norm2, gate_ffn)
+        after, (scale, *_) = blocks[i + 1], modulated[i + 1]
+        x, y = add(x, h, compute, block.ffn_norm2, gate_ffn, after.attention_norm1, scale, after.attention.qkv)
 
 
 def begin(x, next_norm, scale, next_linear, dtype: torch.dtype) -> Rows:
@@ -158,9 +167,9 @@ def begin(x, next_norm, scale, next_linear, dtype: torch.dtype) -> Rows:
     return norm.rms_modulate(x, near(next_norm.weight, x), scale, next_norm.eps, takes_rows(next_linear), dtype)
 
 
-def add(x, h, factor, post_norm, gate, next_norm, scale, next_linear) -> tuple[torch.Tensor, Rows]:
+def add(x, h: Half, compute: Compute, post_norm, gate, next_norm, scale, next_linear) -> tuple[torch.Tensor, Rows]:
     """x plus what half a block computed, normalised for the linear that comes next."""
-    quantise = takes_rows(next_linear)
+    quantise, (h, *h_scales) = takes_rows(next_linear), with_scales(h)
     x, *y = norm.residual_rms_modulate(
         x,
         h,
@@ -170,10 +179,25 @@ def add(x, h, factor, post_norm, gate, next_norm, scale, next_linear) -> tuple[t
         scale,
         next_norm.eps,
         quantise,
-        factor,
+        compute.factor,
+        *h_scales,
+        compute.dtype,
         x_out=x,
     )
     return x, tuple(y) if quantise else y[0]
+
+
+def end(x, h: Half, compute: Compute, post_norm, gate) -> torch.Tensor:
+    """x plus what the last half of the last block computed."""
+    h, *h_scales = with_scales(h)
+    gain = near(post_norm.weight, x)
+    return norm.residual_rms_modulate(
+        x, h, gain, gate, None, None, post_norm.eps, False, compute.factor, *h_scales, x_out=x
+    )
+
+
+def with_scales(h: Half) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    return h if isinstance(h, Sums) else (h, None, None)
 
 
 def attend(
@@ -183,7 +207,7 @@ def attend(
     compute: Compute,
     expanded: Expanded,
     following: list[torch.nn.Module],
-) -> tuple[torch.Tensor, Expanded]:
+) -> tuple[Half, Expanded]:
     """The attention half of a block between its norms, [B, S, D] times compute.factor.
 
     expanded: weights that are at hand for it; the second result: those of the linears from its last on to the next
@@ -202,7 +226,8 @@ def attend(
         else:
             h = attention.attention_of_codes(q, k, v)
     if takes_rows(module.out):
-        return project(module.out, (codes.flatten(2), scales), expanded), expanded
+        rows = codes.flatten(2), scales
+        return project(module.out, rows, expanded, OUT_AS_SUMS and leaves_scales(module.out, len(scales))), expanded
     return project_heads(module.out, h, compute.factor), expanded
 
 
@@ -212,30 +237,36 @@ def project_heads(linear: torch.nn.Module, h: torch.Tensor, factor: float) -> to
     return linear(h if factor == 1.0 else h * factor)
 
 
-def feed_forward(module: FeedForward, y: Rows, compute: Compute, expanded: Expanded) -> torch.Tensor:
+def feed_forward(module: FeedForward, y: Rows, compute: Compute, expanded: Expanded) -> Half:
     """The feed-forward half of a block between its norms: [B, S, D], times compute.factor.
 
     Its inner values are 2.7 times as wide as x; of many rows one run after another is computed.
     """
     codes = y[0] if isinstance(y, tuple) else y
     shape, rows = codes.shape, codes.shape[:2].numel()
-    most, factor = compute.rows or ROWS_AT_ONCE, compute.factor
+    most = compute.rows or ROWS_AT_ONCE
+    how = compute.factor, expanded, leaves_scales(module.w2, rows)
     if rows <= most:
-        return feed_forward_at_once(module, y, factor, expanded)
+        return feed_forward_at_once(module, y, *how)
     run = -(-rows // (16 * -(-rows // most))) * 16  # 16 scales of rows begin where cuBLAS wants them to
     parts = [part.flatten(0, -2).split(run) for part in (y if isinstance(y, tuple) else (y,))]
     pieces = [(piece[0][None], *piece[1:]) for piece in zip(*parts, strict=True)]
-    out = [
-        feed_forward_at_once(module, piece if isinstance(y, tuple) else piece[0], factor, expanded) for piece in pieces
-    ]
-    return torch.cat(out, 1).view(shape)
+    out = [feed_forward_at_once(module, piece if isinstance(y, tuple) else piece[0], *how) for piece in pieces]
+    h, row_scales, column_scales = zip(*map(with_scales, out), strict=True)
+    h = torch.cat(h, 1).view(shape)
+    return h if column_scales[0] is None else Sums(h, torch.cat(row_scales), column_scales[0])
 
 
-def feed_forward_at_once(module: FeedForward, y: Rows, factor: float, expanded: Expanded) -> torch.Tensor:
+def feed_forward_at_once(module: FeedForward, y: Rows, factor: float, expanded: Expanded, sums: bool) -> Half:
     gate, value = project(module.w1, y, expanded), project(module.w3, y, expanded)
     shape, quantise = gate.shape, takes_rows(module.w2)
     h = swiglu.silu_mul(gate.flatten(0, 1), value.flatten(0, 1), quantise, factor)
-    return project(module.w2, (h[0].view(shape), h[1]) if quantise else h.view(shape), expanded)
+    return project(module.w2, (h[0].view(shape), h[1]) if quantise else h.view(shape), expanded, sums)
+
+
+def leaves_scales(linear: torch.nn.Module, rows: int) -> bool:
+    """Whether the product of so many rows with a linear may leave its scales to the norm behind it."""
+    return takes_rows(linear) and layouts.leaves_scales(linear.weight, linear.bias, rows)
 
 
 def takes_rows(linear: torch.nn.Module) -> bool:
@@ -243,10 +274,13 @@ def takes_rows(linear: torch.nn.Module) -> bool:
     return not (linear.weight_function or replaced(linear)) and layouts.takes_rows(linear.weight)
 
 
-def project(linear: torch.nn.Module, y: Rows, expanded: Expanded) -> torch.Tensor:
-    """y times a linear's weight, [B, S, N] in the linear's own type."""
+def project(linear: torch.nn.Module, y: Rows, expanded: Expanded, sums: bool = False) -> Half:
+    """y times a linear's weight, [B, S, N] in the linear's own type; or its `sums`, if it `leaves_scales`."""
     if isinstance(y, torch.Tensor):
         return linear(y)
-    codes, scales = y
-    out = layouts.multiply_rows(codes.flatten(0, 1), scales, linear.weight, linear.bias, expanded.get(linear))
-    return out.unflatten(0, codes.shape[:2])
+    (codes, scales), weight = y, linear.weight
+    rows, shape = codes.flatten(0, 1), codes.shape[:2]
+    if sums:
+        h = layouts.sum_rows(rows, weight, expanded.get(linear))
+        return Sums(h.unflatten(0, shape), scales, layouts.column_scales(weight))
+    return layouts.multiply_rows(rows, scales, weight, linear.bias, expanded.get(linear)).unflatten(0, shape)

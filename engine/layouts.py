@@ -118,10 +118,33 @@ def multiply_rows(
 
     expanded: the FP8 codes [N, K] of an INT4 weight, if they are at hand.
     """
-    params, stored = weight._params, weight._qdata
-    if is_int4(weight):
-        stored = int4.expand(packed(stored, params), torch.float8_e4m3fn) if expanded is None else expanded
-    return fp8.linear(codes, scales, stored, params.scale, bias, params.orig_dtype)
+    params = weight._params
+    return fp8.linear(codes, scales, _fp8_codes(weight, expanded), params.scale, bias, params.orig_dtype)
+
+
+def sum_rows(codes: torch.Tensor, weight: QuantizedTensor, expanded: torch.Tensor | None = None) -> torch.Tensor:
+    """`multiply_rows` of what `leaves_scales`, before it is scaled: sums [M, N] in bf16.
+
+    Times the scale of each row and `column_scales` they are its result.
+    """
+    return fp8.product(codes, _fp8_codes(weight, expanded))
+
+
+def leaves_scales(weight: QuantizedTensor, bias: torch.Tensor | None, rows: int) -> bool:
+    """Whether `sum_rows` may stand for `multiply_rows` with so many rows."""
+    params = weight._params
+    return bias is None and fp8.multiplied_alike(weight._qdata.device, params.orig_dtype, rows, *weight.shape)
+
+
+def column_scales(weight: QuantizedTensor) -> torch.Tensor:
+    """fp32 [N], of the weight's outputs."""
+    return weight._params.scale
+
+
+def _fp8_codes(weight: QuantizedTensor, expanded: torch.Tensor | None) -> torch.Tensor:
+    if not is_int4(weight):
+        return weight._qdata
+    return int4.expand(packed(weight._qdata, weight._params), torch.float8_e4m3fn) if expanded is None else expanded
 
 
 class _OnlyOurs(dict):

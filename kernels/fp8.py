@@ -1,5 +1,7 @@
 """FP8 (e4m3fn) with one scale a row: quantising activations and weights, and their product on FP8 tensor cores."""
 
+from functools import lru_cache
+
 import torch
 
 from . import arguments
@@ -9,6 +11,7 @@ from .registry import Registry, Request, capability, lazily, no_refusal, product
 CAPABILITY = (8, 9)
 QUANTISE_ROWS = Registry("quantise_rows")
 FP8_LINEAR = Registry("fp8_linear")
+FP8_PRODUCT = Registry("fp8_product")
 
 
 def supported(device: torch.device | str) -> str | None:
@@ -62,15 +65,9 @@ def linear(
     products come; "torch" multiplies the same values in fp32. Raises ValueError on other shapes, dtypes or layouts.
     """
     (outputs, columns), rows = weight.shape, len(x)
-    shapes = {"x": (x, (rows, columns), FP8), "x_scales": (x_scales, (rows, 1), torch.float32)}
-    shapes |= {"weight": (weight, (outputs, columns), FP8)}
-    shapes |= {"weight_scales": (weight_scales, (outputs,), torch.float32)}
-    for name, (tensor, shape, kind) in shapes.items():
-        if tensor.shape != shape or tensor.dtype != kind or not tensor.is_contiguous() or tensor.device != x.device:
-            raise ValueError(
-                f"fp8.linear: expected {name} to be a contiguous {list(shape)} of {kind} on {x.device}, "
-                f"got {described(tensor)}"
-            )
+    _check_factors("fp8.linear", x, weight)
+    for name, scales, shape in (("x_scales", x_scales, (rows, 1)), ("weight_scales", weight_scales, (outputs,))):
+        _check("fp8.linear", name, scales, shape, torch.float32, x.device)
     check_bias(bias, outputs, x.device, "fp8.linear")
     if dtype not in FLOATS:
         raise ValueError(f"fp8.linear: expected dtype bfloat16, float16 or float32, got {dtype}")
@@ -93,6 +90,55 @@ def scaled_mm(x, x_scales, weight, weight_scales, bias, dtype):
         out_dtype=torch.bfloat16,
         use_fast_accum=True,
     ).to(dtype)
+
+
+def product(x: torch.Tensor, weight: torch.Tensor, backend: str = "auto") -> torch.Tensor:
+    """y [M, N] = x weight^T in bf16, the bare sums: times x's and the weight's scales they are what `linear` gives.
+
+    x FP8 [M, K], weight FP8 [N, K]. cuBLAS has faster kernels for a product without scales of rows. Sums are as large
+    as 448² K, which fp16 cannot hold. Raises ValueError on other shapes, dtypes or layouts.
+    """
+    _check_factors("fp8.product", x, weight)
+    request = product_request(x.device, torch.bfloat16, len(x), *weight.shape)
+    return FP8_PRODUCT.choose(backend, request).function(x, weight)
+
+
+def product_reference(x, weight):
+    return torch.nn.functional.linear(x.float(), weight.float()).bfloat16()
+
+
+def bare_scaled_mm(x, weight):
+    one = _one(x.device)
+    return torch._scaled_mm(x, weight.t(), scale_a=one, scale_b=one, out_dtype=torch.bfloat16, use_fast_accum=True)
+
+
+@lru_cache(maxsize=32)
+def _one(device: torch.device) -> torch.Tensor:
+    with torch.inference_mode(False):
+        return torch.ones((), device=device)
+
+
+def multiplied_alike(device: torch.device, dtype: torch.dtype, rows: int, outputs: int, columns: int) -> bool:
+    """Whether `linear` in dtype and `product` are left to backends of the same name.
+
+    A user's own "fp8_linear" that comes first is not to be passed by with a `product` of ours.
+    """
+    sizes = (rows, outputs, columns)
+    linear_by = FP8_LINEAR.choose("auto", product_request(device, dtype, *sizes))
+    return linear_by.name == FP8_PRODUCT.choose("auto", product_request(device, torch.bfloat16, *sizes)).name
+
+
+def _check_factors(op, x, weight):
+    outputs, columns = weight.shape
+    _check(op, "x", x, (len(x), columns), FP8, x.device)
+    _check(op, "weight", weight, (outputs, columns), FP8, x.device)
+
+
+def _check(op, name, tensor, shape, dtype, device):
+    if tensor.shape != shape or tensor.dtype != dtype or not tensor.is_contiguous() or tensor.device != device:
+        raise ValueError(
+            f"{op}: expected {name} to be a contiguous {list(shape)} of {dtype} on {device}, got {described(tensor)}"
+        )
 
 
 def check_bias(bias: torch.Tensor | None, outputs: int, device: torch.device, name: str) -> None:
@@ -119,3 +165,5 @@ QUANTISE_ROWS.register("triton", lazily("fp8_triton", "quantise_rows"), triton_r
 QUANTISE_ROWS.register("torch", arguments.write, no_refusal)
 FP8_LINEAR.register("scaled_mm", scaled_mm, _scaled_mm_refusal)
 FP8_LINEAR.register("torch", linear_reference, no_refusal)
+FP8_PRODUCT.register("scaled_mm", bare_scaled_mm, _scaled_mm_refusal)
+FP8_PRODUCT.register("torch", product_reference, no_refusal)

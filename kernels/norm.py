@@ -11,6 +11,7 @@ from .registry import Registry, Request, lazily, no_refusal, triton_refusal
 
 RMS_MODULATE = Registry("rms_modulate")
 RESIDUAL_RMS_MODULATE = Registry("residual_rms_modulate")
+RESIDUAL_RMS_MODULATE_OF_SUMS = Registry("residual_rms_modulate_of_sums")
 ADD_RMS = Registry("add_rms")
 LAYER_MODULATE = Registry("layer_modulate")
 
@@ -37,15 +38,33 @@ def rms_modulate_reference(x, weight, scale, eps, y, row_scales):
 
 
 def residual_rms_modulate(
-    x, h, post_weight, gate, next_weight, scale, eps, quantise=False, h_scale=1.0, x_out=None, out=None, backend="auto"
+    x,
+    h,
+    post_weight,
+    gate,
+    next_weight,
+    scale,
+    eps,
+    quantise=False,
+    h_scale=1.0,
+    h_row_scales=None,
+    h_column_scales=None,
+    dtype=None,
+    x_out=None,
+    out=None,
+    backend="auto",
 ):
     """x' = x + tanh(gate) * RMSNorm(h / h_scale) * post_weight;  y = RMSNorm(x') * next_weight * (1 + scale)
 
     The end of one half of a block and the beginning of the next. x [B, S, D] is the residual stream, h [B, S, D] what
     the half computed, both contiguous; post_weight, next_weight [D]; gate, scale [B, D] or None (no gate: factor 1;
-    no scale: 0). Returns (x', y) with x' in x's dtype and y, computed from x' as rounded, in h's; with `quantise`
-    (x', FP8 y, row scales); with next_weight None (the last block) x' alone. `x_out` (may be x itself) and `out` (y,
-    or (FP8 y, row scales)) are written into.
+    no scale: 0). Returns (x', y) with x' in x's dtype and y, computed from x' as rounded, in `dtype` (default: h's);
+    with `quantise` (x', FP8 y, row scales); with next_weight None (the last block) x' alone. `x_out` (may be x itself)
+    and `out` (y, or (FP8 y, row scales)) are written into.
+
+    FP8: h may be the bare sums of `fp8.product`, with h_row_scales fp32 [B*S, 1] and h_column_scales fp32 [D], both or
+    neither: then h * h_row_scales * h_column_scales stands in h's place. A user's own backend registers for that as
+    RESIDUAL_RMS_MODULATE_OF_SUMS, whose functions take the two after the others.
 
     fp16: upstream may hold h times a power of two, `h_scale` = 2^-k, to stay below 65504. The norm undoes it exactly:
     h / h_scale / sqrt(mean((h / h_scale)²) + eps) = h / sqrt(mean(h²) + eps * h_scale²), and a power of two changes
@@ -56,16 +75,23 @@ def residual_rms_modulate(
     check_rows(post_weight, "post_weight", x.shape[2:], like=x)
     check_per_image(gate, "gate", x)
     check_power_of_two(h_scale, "h_scale")
+    if (h_row_scales is None) != (h_column_scales is None):
+        raise ValueError("h_row_scales, h_column_scales: expected both or neither, got one of them")
+    op, h_scales = RESIDUAL_RMS_MODULATE, ()
+    if h_row_scales is not None:
+        check_rows(h_row_scales, "h_row_scales", (x.shape[:2].numel(), 1), like=x, dtypes=(torch.float32,))
+        check_rows(h_column_scales, "h_column_scales", x.shape[2:], like=x, dtypes=(torch.float32,))
+        op, h_scales = RESIDUAL_RMS_MODULATE_OF_SUMS, (h_row_scales, h_column_scales)
     x_out = torch.empty_like(x) if x_out is None else check_rows(x_out, "x_out", x.shape, like=x, dtypes=(x.dtype,))
     y = row_scales = None
     if next_weight is not None:
         check_rows(next_weight, "next_weight", x.shape[2:], like=x)
         check_per_image(scale, "scale", x)
-        y, row_scales = outputs(x.shape, FP8 if quantise else h.dtype, x.device, out)
+        y, row_scales = outputs(x.shape, FP8 if quantise else dtype or h.dtype, x.device, out)
     elif scale is not None or quantise or out is not None:
         raise ValueError("scale, quantise and out belong to the next norm: expected none of them without next_weight")
-    chosen = RESIDUAL_RMS_MODULATE.choose(backend, Request(x.device, quantise))
-    chosen.function(x, h, post_weight, gate, next_weight, scale, eps, h_scale, x_out, y, row_scales)
+    chosen = op.choose(backend, Request(x.device, quantise))
+    chosen.function(x, h, post_weight, gate, next_weight, scale, eps, h_scale, x_out, y, row_scales, *h_scales)
     if next_weight is None:
         return x_out
     return (x_out, y, row_scales) if quantise else (x_out, y)
@@ -78,6 +104,12 @@ def residual_rms_modulate_reference(x, h, post_weight, gate, next_weight, scale,
     x_out.copy_(x.float() + branch)
     if next_weight is not None:
         rms_modulate_reference(x_out, next_weight, scale, eps, y, row_scales)
+
+
+def residual_rms_modulate_of_sums_reference(x, h, *others):
+    *others, h_row_scales, h_column_scales = others
+    h = h.float() * h_column_scales * h_row_scales.view(*h.shape[:2], 1)
+    residual_rms_modulate_reference(x, h, *others)
 
 
 def add_rms(x, h, weight, eps, x_out=None, out=None, backend="auto"):
@@ -132,6 +164,8 @@ RMS_MODULATE.register("triton", lazily("norm_triton", "rms_modulate"), triton_re
 RMS_MODULATE.register("torch", rms_modulate_reference, no_refusal)
 RESIDUAL_RMS_MODULATE.register("triton", lazily("norm_triton", "residual_rms_modulate"), triton_refusal)
 RESIDUAL_RMS_MODULATE.register("torch", residual_rms_modulate_reference, no_refusal)
+RESIDUAL_RMS_MODULATE_OF_SUMS.register("triton", lazily("norm_triton", "residual_rms_modulate"), triton_refusal)
+RESIDUAL_RMS_MODULATE_OF_SUMS.register("torch", residual_rms_modulate_of_sums_reference, no_refusal)
 ADD_RMS.register("triton", lazily("norm_triton", "add_rms"), triton_refusal)
 ADD_RMS.register("torch", add_rms_reference, no_refusal)
 LAYER_MODULATE.register("triton", lazily("norm_triton", "layer_modulate"), triton_refusal)

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 PROGRAMS = 396  # for an image, if it has as many rows: 3 on each multiprocessor of an H100, as registers allow
+REGISTERS = 80  # of a thread, so that they do; more would be taken for a third vector of columns
 
 
 @triton.jit
@@ -73,14 +74,16 @@ def _norm_modulate_kernel(
 @triton.jit(do_not_specialize=["tokens"])
 def _residual_rms_modulate_kernel(
     x_ptr, h_ptr, post_weight_ptr, gate_ptr, next_weight_ptr, scale_ptr, x_out_ptr, out_ptr, row_scale_ptr,
-    tokens, width, gate_stride, scale_stride, h_eps, eps,
-    GATE: tl.constexpr, NEXT: tl.constexpr, SCALE: tl.constexpr, QUANTISE: tl.constexpr,
+    h_row_scale_ptr, h_column_scale_ptr, tokens, width, gate_stride, scale_stride, h_eps, eps,
+    SUMS: tl.constexpr, GATE: tl.constexpr, NEXT: tl.constexpr, SCALE: tl.constexpr, QUANTISE: tl.constexpr,
     BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     image = tl.program_id(1).to(tl.int64)
     column = _columns(x_ptr, BLOCK)
     mask = column < width
     h_gain = tl.load(post_weight_ptr + column, mask=mask, other=0.0).to(tl.float32)
+    if SUMS:
+        h_column_scale = tl.load(h_column_scale_ptr + column, mask=mask, other=0.0)
     if GATE:
         gate = tl.load(gate_ptr + image * gate_stride + column, mask=mask, other=0.0).to(tl.float32)
         h_gain *= 2.0 * tl.sigmoid(2.0 * gate) - 1.0  # tanh(gate)
@@ -91,7 +94,12 @@ def _residual_rms_modulate_kernel(
         start = row * width
         h = tl.load(h_ptr + start + column, mask=mask, other=0.0).to(tl.float32)
         x = tl.load(x_ptr + start + column, mask=mask, other=0.0).to(tl.float32)
-        h = h * tl.rsqrt(tl.sum(h * h, axis=0) / width + h_eps) * h_gain
+        row_eps = h_eps
+        if SUMS:
+            h *= h_column_scale
+            row_scale = tl.load(h_row_scale_ptr + row)  # 2e-15 or more: it cancels in the norm of its row, but for eps
+            row_eps = h_eps / (row_scale * row_scale)
+        h = h * tl.rsqrt(tl.sum(h * h, axis=0) / width + row_eps) * h_gain
         rounded = (x + h).to(x_out_ptr.dtype.element_ty)
         tl.store(x_out_ptr + start + column, rounded, mask=mask)
         if NEXT:
@@ -132,16 +140,20 @@ def _norm_modulate(x, weight, scale, eps, y, row_scales, centre, split):
         )  # fmt: skip
 
 
-def residual_rms_modulate(x, h, post_weight, gate, next_weight, scale, eps, h_scale, x_out, y, row_scales, split=None):
+def residual_rms_modulate(
+    x, h, post_weight, gate, next_weight, scale, eps, h_scale, x_out, y, row_scales,
+    h_row_scales=None, h_column_scales=None, split=None,
+):  # fmt: skip
     """`split`: rows of a program, warps and stages, if others than the rule's are to be measured."""
     batch, tokens, width = x.shape
     rows, warps, stages = split or row_split(tokens, width)
     with torch.cuda.device_of(x):
         _residual_rms_modulate_kernel[(triton.cdiv(tokens, rows), batch)](
-            x, h, post_weight, gate, next_weight, scale, x_out, y, row_scales,
+            x, h, post_weight, gate, next_weight, scale, x_out, y, row_scales, h_row_scales, h_column_scales,
             tokens, width, _row_stride(gate), _row_stride(scale), eps * h_scale**2, eps,
-            GATE=gate is not None, NEXT=next_weight is not None, SCALE=scale is not None,
-            QUANTISE=row_scales is not None, BLOCK=triton.next_power_of_2(width), STAGES=stages, num_warps=warps,
+            SUMS=h_row_scales is not None, GATE=gate is not None, NEXT=next_weight is not None,
+            SCALE=scale is not None, QUANTISE=row_scales is not None, BLOCK=triton.next_power_of_2(width),
+            STAGES=stages, num_warps=warps, maxnreg=REGISTERS if h_row_scales is not None else None,
         )  # fmt: skip
 
 

@@ -5,8 +5,10 @@ import torch
 from comfy.ldm.lumina.model import NextDiT
 from safetensors.torch import load_file, save_file
 
-from zimage_turbo.engine import forward, ode, sampling, turbo
+from zimage_turbo.engine import formats, forward, layouts, ode, quantiser, sampling, turbo
+from zimage_turbo.engine.checkpoint import Checkpoint
 from zimage_turbo.engine.model import load_model
+from zimage_turbo.kernels import fp8
 from zimage_turbo.tests.comparison import relative_error
 from zimage_turbo.tests.weights import small_transformer
 
@@ -67,6 +69,134 @@ def test_a_feed_forward_of_many_rows_is_computed_run_by_run(small, monkeypatch, 
     whole = module._forward(x, timesteps, context, 21)
     monkeypatch.setattr(forward, "ROWS_AT_ONCE", rows)
     assert relative_error(module._forward(x, timesteps, context, 21), whole) < 2e-6
+
+
+@pytest.fixture(scope="module")
+def files_in_fp8(tmp_path_factory):
+    """A model whose block weights are stored in FP8, in INT4, and in fp32 with the values that those stand for."""
+    folder, made = tmp_path_factory.mktemp("fp8"), {}
+    whole = Checkpoint.read(small_transformer(folder / "small.safetensors", layers=2))
+    for form in ("fp8", "int4"):
+        kept = quantiser.quantised(whole, form, torch.device("cpu"))
+        made[form] = folder / f"{form}.safetensors", folder / f"{form}_fp32.safetensors"
+        save_file(dict(kept.weights), made[form][0])
+        save_file(dict(formats.expanded(kept, torch.float32).weights), made[form][1])
+    return made
+
+
+@pytest.fixture
+def fp8_rows(monkeypatch):
+    """The processor takes FP8 rows, as a GPU with FP8 tensor cores does; the products that left their scales."""
+    real, products = layouts.sum_rows, []
+
+    def counted(codes, weight, expanded=None):
+        products.append(tuple(weight.shape))
+        return real(codes, weight, expanded)
+
+    monkeypatch.setattr(layouts, "takes_rows", lambda weight: layouts.is_int4(weight) or hasattr(weight, "_qdata"))
+    monkeypatch.setattr(layouts, "sum_rows", counted)
+    return products
+
+
+FP8_OWN_ERROR = 0.1  # of a whole forward
+W2 = (256, 768)
+BLOCKS = 6  # two of each refiner, two layers
+
+
+@pytest.mark.parametrize("form", ["fp8", "int4"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
+def test_the_last_product_leaves_its_scales_to_the_norm(files_in_fp8, fp8_rows, monkeypatch, form, dtype):
+    """What leaves the scales errs as what applies them does. In fp16 activations are scaled as well."""
+    file, whole = files_in_fp8[form]
+    x, timesteps, context = request_of(1, 24, 28, 21)
+    exact = load_model(whole, "fp32").model.diffusion_model._forward(x, timesteps, context, 21)
+    module = load_model(file, "auto").model.diffusion_model
+    for linear in module.modules():
+        if isinstance(linear, torch.nn.Linear) and hasattr(linear.weight, "_params"):
+            object.__setattr__(linear.weight._params, "orig_dtype", dtype)
+    request = x.to(dtype), timesteps, context.to(dtype), 21
+    ours = module._forward(*request).float()
+    assert fp8_rows == [W2] * BLOCKS
+    assert module.forwards[turbo.FAST]
+    monkeypatch.setattr(forward, "leaves_scales", lambda linear, rows: False)
+    scaled = module._forward(*request).float()
+    assert fp8_rows == [W2] * BLOCKS
+    assert relative_error(ours, exact) < 1.1 * relative_error(scaled, exact) < FP8_OWN_ERROR
+
+
+def test_what_is_normed_from_sums_has_the_type_that_is_computed_in(files_in_fp8, fp8_rows):
+    """Sums are bf16, but a layer that takes no FP8 rows gets fp16."""
+    module = load_model(files_in_fp8["fp8"][0], "auto").model.diffusion_model
+    linear, given = module.layers[1].attention.qkv, []
+    patched(linear)
+    linear.register_forward_pre_hook(lambda _, inputs: given.append(inputs[0].dtype))
+    x, timesteps, context = request_of(1, 24, 28, 21)
+    module._forward(x.half(), timesteps, context.half(), 21)
+    assert given == [torch.float16] and fp8_rows
+
+
+@pytest.mark.parametrize("rows", [1, 40, 100])
+def test_runs_of_a_feed_forward_leave_their_scales(files_in_fp8, fp8_rows, monkeypatch, rows):
+    module = load_model(files_in_fp8["fp8"][0], "auto").model.diffusion_model
+    request = *request_of(2, 24, 28, 21), 21
+    whole = module._forward(*request)
+    monkeypatch.setattr(forward, "ROWS_AT_ONCE", rows)
+    assert relative_error(module._forward(*request), whole) < 1e-3
+    assert len(fp8_rows) > 2 * BLOCKS
+
+
+def bypassed(linear):
+    linear.forward = lambda x: type(linear).forward(linear, x)
+
+
+def with_bias(linear):
+    linear.bias = torch.nn.Parameter(torch.zeros(256), requires_grad=False)
+
+
+def patched(linear):
+    linear.weight_function = [lambda weight: weight]
+
+
+@pytest.mark.parametrize("change", [bypassed, with_bias, patched])
+def test_a_product_with_something_else_in_it_is_scaled(files_in_fp8, fp8_rows, change):
+    """A LoRA beside the weight or on it, or a bias: the layer gives whole values."""
+    module = load_model(files_in_fp8["fp8"][0], "auto").model.diffusion_model
+    request = *request_of(1, 24, 28, 21), 21
+    whole = module._forward(*request)
+    change(module.layers[1].feed_forward.w2)
+    again = module._forward(*request)
+    assert len(fp8_rows) == 2 * BLOCKS - 1
+    assert relative_error(again, whole) < FP8_OWN_ERROR
+
+
+def test_a_users_fp8_linear_makes_every_product(files_in_fp8, fp8_rows, monkeypatch):
+    module, seen = load_model(files_in_fp8["fp8"][0], "auto").model.diffusion_model, []
+    monkeypatch.setattr(fp8.FP8_LINEAR, "backends", dict(fp8.FP8_LINEAR.backends))
+
+    def mine(x, x_scales, weight, *rest):
+        seen.append(tuple(weight.shape))
+        return fp8.linear_reference(x, x_scales, weight, *rest)
+
+    fp8.FP8_LINEAR.register("mine", mine, lambda request: None, preferred=True)
+    module._forward(*request_of(1, 24, 28, 21), 21)
+    assert not fp8_rows and seen.count(W2) == BLOCKS
+
+
+def test_attention_leaves_its_scales_if_it_is_to(files_in_fp8, fp8_rows, monkeypatch):
+    """FP8 attention gives its last product FP8 rows."""
+    file, whole = files_in_fp8["fp8"]
+    x, timesteps, context = request_of(1, 24, 28, 21)
+    exact = load_model(whole, "fp32").model.diffusion_model._forward(x, timesteps, context, 21)
+    module, errors = load_model(file, "auto").model.diffusion_model, []
+    for as_sums in (False, True):
+        monkeypatch.setattr(forward, "OUT_AS_SUMS", as_sums)
+        fp8_rows.clear()
+        compute = forward.Compute(torch.float32, forward.attention.FP8)
+        caption = forward.refine_caption(module, context, compute)
+        table = forward.rotation_table(module, caption.shape[1], 12, 14, x.device)
+        errors.append(relative_error(forward.denoise(module, compute, x, timesteps, caption, table), exact))
+        assert fp8_rows == ([(256, 256), W2] if as_sums else [W2]) * BLOCKS
+    assert errors[1] < 1.1 * errors[0] < FP8_OWN_ERROR
 
 
 def test_sampling_takes_the_fast_path(demo):

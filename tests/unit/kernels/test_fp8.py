@@ -45,6 +45,36 @@ def test_linear(device, size, dtype, with_bias):
     assert error(ours, exact) < (allowed if device == "cpu" else 2 * allowed)
 
 
+@products
+def test_product_is_what_the_scales_are_left_out_of(device, size):
+    rows, columns, outputs = size
+    x, x_scales = fp8.quantise_rows(normal(rows, columns, device=device))
+    weight, weight_scales = fp8.quantise_weight(normal(outputs, columns, device=device, spread=0.02))
+    exact = x.double() @ weight.double().T
+    sums = fp8.product(x, weight)
+    allowed = 2 * error(exact.to(torch.bfloat16), exact)
+    assert sums.dtype == torch.bfloat16
+    assert error(sums, exact) < (allowed if device == "cpu" else 2 * allowed)
+    linear = fp8.linear(x, x_scales, weight, weight_scales, None, torch.bfloat16)
+    assert error(sums.double() * x_scales * weight_scales, linear) < 2 * allowed
+
+
+def test_the_largest_sums_are_held():
+    x = torch.full((2, 10240), 448.0).to(FP8)
+    assert error(fp8.product(x, x), torch.full((2, 2), 448.0**2 * 10240)) < 2**-8
+
+
+def test_a_users_linear_is_not_passed_by(monkeypatch):
+    sizes = torch.device("cpu"), torch.float16, 3, 16, 32
+    assert fp8.multiplied_alike(*sizes)
+    for op in (fp8.FP8_LINEAR, fp8.FP8_PRODUCT):
+        monkeypatch.setattr(op, "backends", dict(op.backends))
+    fp8.FP8_LINEAR.register("mine", fp8.linear_reference, lambda request: None, preferred=True)
+    assert not fp8.multiplied_alike(*sizes)
+    fp8.FP8_PRODUCT.register("mine", fp8.product_reference, lambda request: None, preferred=True)
+    assert fp8.multiplied_alike(*sizes)
+
+
 def test_supported_says_why_not():
     assert "compute capability 8.9" in fp8.supported("cpu")
 
@@ -64,5 +94,7 @@ def test_linear_refuses_what_does_not_belong_together():
         fp8.linear(x, x_scales, weight.to("meta"), weight_scales, None, torch.bfloat16)
     with pytest.raises(ValueError, match=r"expected bias to be a contiguous \[16\]"):
         fp8.linear(x, x_scales, weight, weight_scales, torch.ones(1), torch.bfloat16)
+    with pytest.raises(ValueError, match=r"fp8.product: expected weight to be a contiguous \[16, 32\] of .*e4m3fn"):
+        fp8.product(x, weight.float())
     with pytest.raises(ValueError, match="expected dtype bfloat16, float16 or float32"):
         fp8.linear(x, x_scales, weight, weight_scales, None, torch.int8)

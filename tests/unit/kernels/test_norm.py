@@ -158,6 +158,92 @@ def test_fp8_rows(device, size, dtype):
     )
 
 
+def sums_and_scales(size, device, dtype):
+    """Sums of FP8 products with scales from where eps is all of a row's norm to where it is nothing."""
+    batch, tokens, width = size
+    sums = normal(*size, device=device, dtype=dtype, spread=1e5 if dtype != torch.float16 else 1e3)
+    row_scales = torch.logspace(-12, 6, batch * tokens, device=device)[:, None]
+    column_scales = 2.0 ** normal(width, device=device, spread=2) * 1e-3
+    exact = sums.double() * column_scales.double() * row_scales.double().view(batch, tokens, 1)
+    return sums, row_scales, column_scales, exact
+
+
+def error_of_rows(ours, exact):
+    """The worst of the rows' relative errors, none of which is hidden by a louder row."""
+    return max(error(*pair) for pair in zip(ours.flatten(0, 1), exact.flatten(0, 1), strict=True))
+
+
+OF_SUMS = {"triton": norm_triton.residual_rms_modulate, "torch": norm.residual_rms_modulate_of_sums_reference}
+
+
+@sizes
+@dtypes
+@pytest.mark.parametrize("backend", OF_SUMS)
+def test_sums_are_scaled_in_the_norm(device, size, dtype, backend):
+    x, _, post_weight, next_weight, scale, gate = arguments(size, device, torch.float32)
+    sums, *scales, exact = sums_and_scales(size, device, dtype)
+    ours, y = poisoned(size, torch.float32, device), poisoned(size, torch.float32, device)
+    run = OF_SUMS[backend]
+    run(torch.zeros_like(x), sums, post_weight, gate, None, None, EPS, 1.0, ours, None, None, *scales)
+    zero = torch.zeros(1, dtype=torch.float64, device=device)
+    assert error_of_rows(ours, in_double(eager_residual, zero, exact, post_weight, gate)) < 2e-6
+    run(x, sums, post_weight, gate, next_weight, scale, EPS, 1.0, ours, y, None, *scales)
+    exact_sum = in_double(eager_residual, x, exact, post_weight, gate)
+    assert error(ours, exact_sum) < 1e-6
+    assert error(y, eager(exact_sum, next_weight.double(), scale.double())) < 1e-6
+
+
+@sizes
+def test_sums_into_fp8(device, size):
+    x, _, post_weight, next_weight, scale, gate = arguments(size, device, torch.float32)
+    sums, *scales, exact = sums_and_scales(size, device, torch.bfloat16)
+    codes, row_scales = poisoned(size, FP8, device), poisoned((size[0] * size[1], 1), torch.float32, device)
+    given = post_weight, gate, next_weight, scale, EPS, 1.0, x, codes, row_scales, *scales
+    exact_sum = in_double(eager_residual, x, exact, post_weight, gate)
+    norm_triton.residual_rms_modulate(x, sums, *given)
+    assert error(x, exact_sum) < 1e-6
+    accuracy.same_fp8((codes, row_scales), norm.rms_modulate(x, next_weight, scale, EPS, True, backend="torch"))
+
+
+@sizes
+@pytest.mark.parametrize("backend", OF_SUMS)
+def test_rows_of_zeros_and_the_largest_sums(device, size, backend):
+    """A row of zeros has the scale of a magnitude of 1e-12, and sums of FP8 products end at 448² K."""
+    x, _, post_weight, _, _, gate = arguments(size, device, torch.float32)
+    run = OF_SUMS[backend]
+    for value, smallest in ((0.0, 1e-12), (0.0, 1e-12 / 448), (448.0**2 * 10240, 1e-12 / 448)):
+        sums = torch.full(size, value, device=device, dtype=torch.bfloat16)
+        row_scales = torch.full((size[0] * size[1], 1), smallest, device=device)
+        column_scales = torch.full(size[-1:], smallest, device=device)
+        ours = poisoned(size, torch.float32, device)
+        given = post_weight, gate, None, None, EPS, 1.0, ours, None, None, row_scales, column_scales
+        run(x, sums, *given)
+        assert torch.equal(ours, x)
+        column_scales.fill_(1)
+        run(x, sums, *given)
+        exact = in_double(eager_residual, x, sums.double() * smallest, post_weight, gate)
+        assert error(ours, exact) < 5e-7
+
+
+@sizes
+@pytest.mark.parametrize("backend", OF_SUMS)
+def test_a_power_of_two_on_the_scales_of_rows_is_undone_exactly(device, size, backend):
+    """As fp16 needs it on h; there sums are bf16 all the same, and y is not."""
+    x, _, post_weight, next_weight, scale, gate = arguments(size, device, torch.float32)
+    sums, row_scales, column_scales, _ = sums_and_scales(size, device, torch.bfloat16)
+    run = OF_SUMS[backend]
+    results = []
+    for h_scale in (1.0, 2.0**-7):
+        x_out, y = poisoned(size, torch.float32, device), poisoned(size, torch.float16, device)
+        given = post_weight, gate, next_weight, scale, EPS, h_scale, x_out, y, None
+        run(x, sums, *given, row_scales * h_scale, column_scales)
+        results.append(torch.cat((x_out, y.float())))
+    assert torch.equal(*results)
+    given = x, sums, post_weight, gate, next_weight, scale, EPS, False, 1.0, row_scales, column_scales
+    assert norm.residual_rms_modulate(*given, torch.float16)[1].dtype == torch.float16
+    assert norm.residual_rms_modulate(*given)[1].dtype == torch.bfloat16
+
+
 splits = pytest.mark.parametrize(
     "split",
     [(1, 4, 1), (2, 4, 3), (3, 8, 3), (5, 1, 2), (8, 4, 4)],
@@ -192,10 +278,20 @@ def test_rows_of_a_program_belong_to_one_image(device, size, split, quantise):
         norm_triton.layer_modulate(x, scale, EPS, rows[0], split)
         assert error(rows[0], norm.layer_modulate(x, scale, EPS, backend="torch")) < 1e-6
     sums, rows = x.clone(), poisoned_rows()
-    norm_triton.residual_rms_modulate(sums, h, post_weight, gate, next_weight, scale, EPS, 1.0, sums, *rows, split)
+    norm_triton.residual_rms_modulate(
+        sums, h, post_weight, gate, next_weight, scale, EPS, 1.0, sums, *rows, split=split
+    )
     alone = norm.residual_rms_modulate(x, h, post_weight, gate, None, None, EPS, backend="torch")
     assert error(sums, alone) < 1e-6
     same(rows, sums)
+    row_scales = 1 + torch.rand(size[0] * size[1], 1, device=device)
+    unscaled = h / row_scales.view(*size[:2], 1)
+    again, rows = x.clone(), poisoned_rows()
+    scales = row_scales, torch.ones(size[2], device=device)
+    given = post_weight, gate, next_weight, scale, EPS, 1.0, again, *rows, *scales
+    norm_triton.residual_rms_modulate(again, unscaled, *given, split=split)
+    assert error(again, alone) < 1e-6
+    same(rows, again)
 
 
 @pytest.mark.parametrize(
@@ -289,3 +385,31 @@ def test_a_factor_that_would_round_is_refused():
         norm.residual_rms_modulate(x, h, post_weight, gate, None, None, EPS, h_scale=0.1)
     with pytest.raises(ValueError, match="expected none of them without next_weight"):
         norm.residual_rms_modulate(x, h, post_weight, gate, None, None, EPS, quantise=True)
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        ({"h_row_scales": None}, "h_row_scales, h_column_scales: expected both or neither"),
+        ({"h_column_scales": None}, "h_row_scales, h_column_scales: expected both or neither"),
+        ({"h_row_scales": torch.ones(6)}, r"h_row_scales: expected a contiguous \[6, 1\] of float32"),
+        ({"h_row_scales": torch.ones(6, 1).half()}, "h_row_scales: .* got .* of float16"),
+        ({"h_column_scales": torch.ones(63)}, r"h_column_scales: expected a contiguous \[64\] of float32"),
+    ],
+)
+def test_scales_of_sums_that_do_not_fit_are_refused(change, complaint):
+    x, h, post_weight, _, _, gate = arguments((2, 3, 64), "cpu", torch.float32)
+    scales = {"h_row_scales": torch.ones(6, 1), "h_column_scales": torch.ones(64)}
+    with pytest.raises(ValueError, match=complaint):
+        norm.residual_rms_modulate(x, h, post_weight, gate, None, None, EPS, **{**scales, **change})
+
+
+def test_a_backend_of_sums_is_another_than_that_of_whole_values(monkeypatch):
+    """Whoever replaced the op before it knew of sums is not given them, and is given all else."""
+    x, h, post_weight, _, _, gate = arguments((2, 3, 64), "cpu", torch.float32)
+    for op, taken in ((norm.RESIDUAL_RMS_MODULATE, 11), (norm.RESIDUAL_RMS_MODULATE_OF_SUMS, 13)):
+        monkeypatch.setattr(op, "backends", {})
+        op.register("mine", lambda *given, taken=taken: given[8].fill_(len(given) - taken), lambda request: None)
+    scales = {"h_row_scales": torch.ones(6, 1), "h_column_scales": torch.ones(64)}
+    for more in ({}, scales):
+        assert not norm.residual_rms_modulate(x, h, post_weight, gate, None, None, EPS, **more).any()

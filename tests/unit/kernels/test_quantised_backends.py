@@ -21,6 +21,7 @@ ON_CPU = [
     (int4.INT4_LINEAR, product_request(CPU, BF16, 1, 16, 256), {"fused": NO_GPU, "expanded": None}),
     (fp8.QUANTISE_ROWS, Request(CPU, quantise=True), {"triton": NO_GPU, "torch": None}),
     (fp8.FP8_LINEAR, product_request(CPU, BF16, 1, 16, 256), {"scaled_mm": NO_FP8, "torch": None}),
+    (fp8.FP8_PRODUCT, product_request(CPU, BF16, 1, 16, 256), {"scaled_mm": NO_FP8, "torch": None}),
     (hadamard.HADAMARD, Request(CPU), {"torch": None}),
     (hadamard.HADAMARD_QUANTISE_ROWS, Request(CPU, quantise=True), {"triton": NO_GPU, "torch": None}),
 ]
@@ -107,6 +108,7 @@ CALLS = [
     (int4.INT4_LINEAR, lambda **by: int4.linear(torch.ones(2, 3, 256), quantised(), **by)),
     (fp8.QUANTISE_ROWS, lambda **by: fp8.quantise_rows(torch.ones(2, 256), **by)),
     (fp8.FP8_LINEAR, lambda **by: fp8.linear(*rows_in_fp8(), rows_in_fp8()[0], torch.ones(16), None, BF16, **by)),
+    (fp8.FP8_PRODUCT, lambda **by: fp8.product(rows_in_fp8()[0], rows_in_fp8()[0], **by)),
     (hadamard.HADAMARD, lambda **by: hadamard.rotate(torch.ones(2, 3, 256), **by)),
     (hadamard.HADAMARD_QUANTISE_ROWS, lambda **by: hadamard.rotate_quantise_rows(torch.ones(2, 256), **by)),
 ]

@@ -177,6 +177,7 @@ def test_a_user_adds_an_attention_backend(monkeypatch):
 OPS = [
     norm.RMS_MODULATE,
     norm.RESIDUAL_RMS_MODULATE,
+    norm.RESIDUAL_RMS_MODULATE_OF_SUMS,
     norm.LAYER_MODULATE,
     rope.QK_NORM_ROPE,
     swiglu.SILU_MUL,

@@ -1,0 +1,136 @@
+"""What the fast forward groups and leaves to others on a GPU: modulation of all blocks, scales of FP8 products."""
+
+import comfy.sd
+import comfy.utils
+import pytest
+import torch
+
+from zimage_turbo.engine import formats, forward, graphs, layouts, modulation, ode, quantiser, sampling, turbo
+from zimage_turbo.engine.checkpoint import Checkpoint
+from zimage_turbo.engine.model import load_model
+from zimage_turbo.kernels import fp8
+from zimage_turbo.tests.comparison import relative_error
+from zimage_turbo.tests.weights import small_transformer
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU"),
+]
+needs_fp8 = pytest.mark.skipif(
+    torch.cuda.is_available() and fp8.supported("cuda:0") is not None, reason="this GPU has no FP8 tensor cores"
+)
+POSITIVE = [[torch.randn(1, 40, 256, generator=torch.Generator().manual_seed(3)), {}]]
+W2, OUT = (256, 768), (256, 256)
+BLOCKS = 4  # that are evaluated every time: two of the noise refiner, two layers
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory):
+    return small_transformer(tmp_path_factory.mktemp("weights") / "small.safetensors", layers=2)
+
+
+@pytest.fixture
+def products(monkeypatch):
+    """Layers of every product of modulations that was made or captured."""
+    real, taken = modulation.modulation.products, []
+
+    def counted(time, weights, biases):
+        taken.append(len(weights))
+        return real(time, weights, biases)
+
+    monkeypatch.setattr(modulation.modulation, "products", counted)
+    return taken
+
+
+def draw(patcher) -> torch.Tensor:
+    latent = sampling.empty_latent(patcher, 256, 256, 1)
+    return sampling.sample(patcher, POSITIVE, latent, 1, ode.sigmas())["samples"].float().cpu()
+
+
+def with_lora(patcher):
+    """A clone with the modulation of one layer patched."""
+    generator = torch.Generator().manual_seed(9)
+    lora = {
+        f"diffusion_model.layers.1.adaLN_modulation.0.lora_{part}.weight": torch.randn(shape, generator=generator) * 0.1
+        for part, shape in (("A", (4, 256)), ("B", (1024, 4)))
+    }
+    return comfy.sd.load_lora_for_models(patcher, None, lora, 1.0, 0.0)[0]
+
+
+def test_a_lora_of_the_modulation_reaches_captured_graphs(file, products):
+    patcher = load_model(file, "bf16")
+    patched = with_lora(patcher)
+    plain, loud = draw(load_model(file, "bf16")), draw(with_lora(load_model(file, "bf16")))
+    assert relative_error(loud, plain) > 1e-3
+    products.clear()
+    for _ in range(3):
+        assert torch.equal(draw(patcher), plain)
+        assert torch.equal(draw(patched), loud)
+    assert set(products) == {BLOCKS}
+    assert dict(patcher.model.diffusion_model.forwards)[turbo.REPLAYED] == 6 * (8 - graphs.WARM_UP)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_one_product_gives_what_the_layers_give(file, precision, products, monkeypatch):
+    """In fp32 to its rounding; in bf16 eight evaluations amplify what each rounds otherwise."""
+    together = draw(load_model(file, precision))
+    assert set(products) == {BLOCKS}
+    products.clear()
+    monkeypatch.setattr(modulation, "plain", lambda layers, device: False)
+    assert relative_error(together, draw(load_model(file, precision))) < (0.02 if precision == "bf16" else 1e-4)
+    assert not products
+
+
+def test_offloaded_modulation_comes_along(file, products):
+    expected = draw(load_model(file, "fp32"))
+    patcher = load_model(file, "fp32")
+    module = patcher.model.diffusion_model
+    draw(patcher)
+    products.clear()
+    module.forwards.clear()
+    for block in (*module.noise_refiner, *module.layers):
+        linear = block.adaLN_modulation[0]
+        linear.weight.data, linear.bias.data = linear.weight.data.cpu(), linear.bias.data.cpu()
+        linear.comfy_cast_weights = True
+    assert relative_error(draw(patcher), expected) < 1e-4
+    assert not products
+    assert dict(module.forwards) == {turbo.FAST: 8}
+
+
+@needs_fp8
+@pytest.mark.parametrize("attention", ["sdpa", "triton-fp8"])
+@pytest.mark.parametrize("precision", ["fp8", "int4-fp8"])
+def test_products_that_leave_their_scales_err_no_more(file, precision, attention, tmp_path, monkeypatch):
+    """One evaluation against fp32 with the same weights multiplied out."""
+    kept = quantiser.quantised(Checkpoint.read(file), precision, torch.device("cuda"))
+    comfy.utils.save_torch_file(
+        dict(formats.expanded(kept, torch.float32).weights), str(tmp_path / "exact.safetensors")
+    )
+    real, left = layouts.sum_rows, []
+
+    def counted(codes, weight, expanded=None):
+        left.append(tuple(weight.shape))
+        return real(codes, weight, expanded)
+
+    def evaluated(patcher):
+        draw(patcher)  # has the host load it
+        module, dtype = patcher.model.diffusion_model, patcher.model.get_dtype_inference()
+        generator = torch.Generator().manual_seed(1)
+        x = torch.randn(1, 16, 32, 32, generator=generator).to("cuda", dtype)
+        left.clear()
+        time = torch.tensor([0.6], device="cuda")
+        return module._forward(x, time, POSITIVE[0][0].to("cuda", dtype), 40).float()
+
+    monkeypatch.setattr(layouts, "sum_rows", counted)
+    monkeypatch.setattr(turbo.Graphs, "run", lambda *_: None)
+    exact = evaluated(load_model(tmp_path / "exact.safetensors", "fp32"))
+    assert not left
+    sums = evaluated(load_model(file, precision, attention=attention))
+    out = [OUT] if attention == "triton-fp8" and forward.OUT_AS_SUMS else []
+    assert left[-BLOCKS * (len(out) + 1) :] == [*out, W2] * BLOCKS
+    monkeypatch.setattr(forward, "leaves_scales", lambda linear, rows: False)
+    scaled = evaluated(load_model(file, precision, attention=attention))
+    assert not left
+    errors = relative_error(sums, exact), relative_error(scaled, exact)
+    print(f"{precision}, {attention}: {errors[0]:.4f} with sums, {errors[1]:.4f} without")
+    assert errors[0] < 1.1 * errors[1] < 0.3

@@ -35,6 +35,8 @@ from kernels import (
 
 SHAPES = [(11520, 3840), (3840, 3840), (10240, 3840), (3840, 10240)]  # (N, K) of the transformer
 SHAPES += [(9728, 2560), (2560, 9728), (6144, 2560), (4096, 2560), (1024, 2560), (2560, 4096)]  # of the text encoder
+SWEPT = [(11520, 3840), (3840, 3840), (20480, 3840), (3840, 10240)]
+SWEPT += [(19456, 2560), (2560, 9728), (6144, 2560), (2560, 4096)]
 ROWS = (1, 8, 16, 32, 64)
 TOKENS = 4224
 COLD = 256 * 2**20  # bytes of weights that calls go through: five times the L2 cache of an H100
@@ -190,7 +192,7 @@ def sweep() -> list[dict]:
     if [rows for rows, kernel, _ in right if kernel == "chosen"] != list(ROWS):
         sys.exit("the shape that the pack takes is wrong: no times are reported")
     found = []
-    for outputs, columns in SHAPES:
+    for outputs, columns in SWEPT:
         copies, dense = pair(outputs, columns)
         for rows in ROWS:
             x = torch.randn(rows, columns, device="cuda", dtype=BF16)
@@ -211,13 +213,16 @@ def sweep() -> list[dict]:
 def launch_shapes(rows: int):
     """(kernel, shape) to try for a number of rows."""
     yield "chosen", {}
-    if rows <= 16:  # beyond the 8 that the pack takes, to see where tiles begin to be faster
-        for slices in (1, 2, 3, 4):
-            yield "lanes", {"warps": 4, "slices": slices}
+    if rows <= 16:
+        for warps, slices in itertools.product((2, 4, 8), (1, 2, 3)):
+            yield "lanes", {"warps": warps, "slices": slices}
+        for slices in (1, 2):
+            yield "lanes", {"warps": 4, "slices": slices, "products": False}
     if rows > 8:
-        for warps, cuts in {4: (2, 3, 4, 8), 8: (1, 2, 3, 4, 6)}.items():
-            for slices in cuts:
-                yield "tiles", {"warps": warps, "slices": slices}
+        for warps, slices in itertools.product((4, 8), (1, 2, 3, 4, 6)):
+            yield "tiles", {"warps": warps, "slices": slices}
+        for warps in (4, 8):
+            yield "tiles", {"warps": warps, "slices": 2, "stages": 4}
 
 
 def is_right(rows: int, kernel: str, shape: dict) -> bool:

@@ -10,7 +10,7 @@ import triton
 from . import int4_lanes_triton, int4_tiles_triton
 from .int4_lanes_triton import STEP
 
-MOST_IN_LANES = 8  # rows up to which each thread's own products were faster
+MOST_IN_LANES = 16  # rows up to which each thread's own products were faster
 
 
 def linear(x, codes, groups, scales, bias, out=None):

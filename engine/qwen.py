@@ -75,20 +75,20 @@ def rotation_table(model: Llama2_, tokens: int, device: torch.device) -> torch.T
 def run_layers(
     layers: Sequence[TransformerBlock], dtype: torch.dtype, x: torch.Tensor, table: torch.Tensor
 ) -> torch.Tensor:
-    """x [B, T, D] fp32, which may be overwritten, through layers: [B, T, D] fp32. table: see `rotation_table`.
+    """x [B, T, D] fp32 through layers: [B, T, D] fp32. table: see `rotation_table`.
 
-    Each pass over x ends half a layer and begins the next.
+    Each pass over x ends half a layer and begins the next; the first leaves what was given as it is.
     """
-    first = layers[0].input_layernorm
+    first, stream = layers[0].input_layernorm, None
     y = norm.rms_modulate(x, near(first.weight, x), None, first.eps, dtype=dtype)
     for layer, after in zip(layers, (*layers[1:], None), strict=True):
-        between = layer.post_attention_layernorm
-        x, y = norm.add_rms(x, attend(layer.self_attn, y, table), near(between.weight, x), between.eps, x_out=x)
+        between, h = layer.post_attention_layernorm, attend(layer.self_attn, y, table)
+        stream, y = norm.add_rms(x, h, near(between.weight, x), between.eps, x_out=stream)
         h = feed_forward(layer.mlp, y)
         if after is None:
-            return x.add_(h)
+            return stream.add_(h)
         following = after.input_layernorm
-        x, y = norm.add_rms(x, h, near(following.weight, x), following.eps, x_out=x)
+        x, y = norm.add_rms(stream, h, near(following.weight, x), following.eps, x_out=stream)
 
 
 def attend(module: Attention, y: torch.Tensor, table: torch.Tensor) -> torch.Tensor:

@@ -8,8 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-PROGRAMS = 396  # for an image, if it has as many rows: 3 on each multiprocessor of an H100, as registers allow
-REGISTERS = 80  # of a thread, so that they do; more would be taken for a third vector of columns
+PROGRAMS = 264  # for an image, if it has as many rows: 2 on each multiprocessor of an H100, as registers allow
 
 
 @triton.jit
@@ -153,7 +152,7 @@ def residual_rms_modulate(
             tokens, width, _row_stride(gate), _row_stride(scale), eps * h_scale**2, eps,
             SUMS=h_row_scales is not None, GATE=gate is not None, NEXT=next_weight is not None,
             SCALE=scale is not None, QUANTISE=row_scales is not None, BLOCK=triton.next_power_of_2(width),
-            STAGES=stages, num_warps=warps, maxnreg=REGISTERS if h_row_scales is not None else None,
+            STAGES=stages, num_warps=warps,
         )  # fmt: skip
 
 

@@ -73,7 +73,8 @@ def leave_room_for(size: float, monkeypatch) -> None:
 @pytest.mark.parametrize("share", [0.8, 0.0], ids=["part of it", "all of it"])
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_offloaded_draws_what_the_resident_draws(file, precision, share, with_lora, tmp_path, monkeypatch):
-    """INT4 in 16 bit is the same to the bit; a LoRA is added to offloaded weights exactly, to resident ones rounded.
+    """INT4 in 16 bit is the same to the bit, until the layers of modulation are offloaded: those are then multiplied
+    one by one, in sums of another order. A LoRA is added to offloaded weights exactly, to resident ones rounded.
 
     In FP8, offloaded layers round their rows one by one instead of in the kernel before them: both are as near to
     the exact values, up to a fifth.
@@ -91,5 +92,5 @@ def test_offloaded_draws_what_the_resident_draws(file, precision, share, with_lo
     assert places == ({"cpu", "cuda"} if share else {"cpu"})
     assert dict(module.forwards) == {turbo.FAST: 8}
     assert relative_error(offloaded, truth) <= 1.2 * relative_error(resident, truth)
-    if precision == "int4" and not with_lora:
+    if precision == "int4" and share and not with_lora:
         assert torch.equal(offloaded, resident)

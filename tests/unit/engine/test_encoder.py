@@ -63,6 +63,15 @@ def down_proj(of, layer: int = 0) -> torch.nn.Module:
     return of.cond_stage_model.qwen3_4b.transformer.model.layers[layer].mlp.down_proj
 
 
+def test_what_is_given_stays_as_it_is(module):
+    """A rehearsal or a want of memory is followed by a second run with the same."""
+    model = module.transformer.model
+    embeds = torch.randn(1, 32, 256, generator=torch.Generator().manual_seed(4))
+    given = embeds.clone(), qwen.rotation_table(model, 32, CPU)
+    first, second = (qwen.run_layers(model.layers, torch.float32, *given) for _ in range(2))
+    assert torch.equal(given[0], embeds) and torch.equal(first, second)
+
+
 @pytest.mark.parametrize("count", [1, 31, 32, 33, 100])
 def test_equals_the_host_at_any_length(module, count):
     ours, pooled, extra = module.forward(tokens(count))

@@ -271,6 +271,19 @@ def test_leaves_replaced_and_hooked_blocks_to_the_host(tmp_path, part):
     assert "replaced" in forward.refusal(module, torch.zeros(1), {}, {})
 
 
+def test_what_is_given_stays_as_it_is(small):
+    """A rehearsal or a want of memory is followed by a second run with the same."""
+    module, (x, timesteps, context) = small.model.diffusion_model, request_of(1, 24, 28, 21)
+    compute = forward.Compute(torch.float32)
+    words = context.clone()
+    captions = [forward.refine_caption(module, words, compute) for _ in range(2)]
+    given = [x.clone(), timesteps.clone(), captions[0], forward.rotation_table(module, 32, 12, 14, x.device)]
+    before = [tensor.clone() for tensor in given]
+    results = [forward.denoise(module, compute, *given) for _ in range(2)]
+    assert torch.equal(words, context) and torch.equal(*captions) and torch.equal(*results)
+    assert all(torch.equal(now, then) for now, then in zip(given, before, strict=True))
+
+
 def test_one_text_for_a_batch(small):
     module, (x, timesteps, context) = small.model.diffusion_model, request_of(2, 24, 28, 21)
     ours = module._forward(x, timesteps, context[:1], 21)

@@ -218,7 +218,7 @@ def test_rows_of_zeros_and_the_largest_sums(device, size, backend):
         ours = poisoned(size, torch.float32, device)
         given = post_weight, gate, None, None, EPS, 1.0, ours, None, None, row_scales, column_scales
         run(x, sums, *given)
-        assert torch.equal(ours, x)
+        assert (ours - x).abs().max() < 1e-16  # that of sums of 1e-20 under the root of eps
         column_scales.fill_(1)
         run(x, sums, *given)
         exact = in_double(eager_residual, x, sums.double() * smallest, post_weight, gate)
@@ -298,9 +298,9 @@ def test_rows_of_a_program_belong_to_one_image(device, size, split, quantise):
     ("tokens", "width", "split"),
     [
         (1, 3840, (1, 8, 3)),
-        (396, 3840, (1, 8, 3)),
-        (397, 3840, (2, 8, 3)),
-        (4160, 3840, (11, 8, 3)),
+        (264, 3840, (1, 8, 3)),
+        (265, 3840, (2, 8, 3)),
+        (4160, 3840, (16, 8, 3)),
         (8, 10240, (1, 16, 1)),
     ],
 )

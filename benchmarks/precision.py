@@ -8,11 +8,15 @@ Run: ZIMAGE_COMFYUI=<tree> python benchmarks/precision.py [--count 200] [--out b
 """
 
 import argparse
+import concurrent.futures
 import json
+import multiprocessing
 import os
 import sys
+import tempfile
 import time
 import types
+from collections.abc import Iterator
 from pathlib import Path
 
 PACK = Path(__file__).resolve().parent.parent
@@ -33,6 +37,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--count", type=int, default=200, help="fully stated prompts of 256x256")
     parser.add_argument("--processes", type=int, default=os.cpu_count(), help="processes that judge")
+    parser.add_argument("--drawing", type=int, default=1, help="processes that draw, each one choice after another")
     parser.add_argument("--out", type=Path, default=PACK / "benchmarks" / "results" / "precision.json")
     arguments = parser.parse_args()
     host.enter(host.tree(), [])
@@ -68,18 +73,11 @@ def measure(arguments: argparse.Namespace) -> dict:
     choices = [REFERENCE, *((precision, "auto") for precision in PRECISIONS[1:])]
     choices += [("bf16", attention) for attention in ATTENTIONS[1:]] + QUANTISED_ATTENTION
     drawn = []
-    for precision, attention in choices:
-        row = {"precision": precision, "attention": attention}
+    for row, pictures in drawings(choices, prompts, arguments.drawing):
         report["rows"].append(row)
-        started = time.perf_counter()
-        try:
-            pictures, path = draw(precision, attention, prompts)
-        except ValueError as reason:  # the loader says what the device lacks
-            row["not_run"] = str(reason)
-        else:
+        if pictures is not None:
             drawn.append((row, pictures))
-            seconds = round(time.perf_counter() - started, 1)
-            row |= path | {"psnr_db": psnr(pictures, drawn[0][1]), "seconds": seconds}
+            row["psnr_db"] = psnr(pictures, drawn[0][1])
         print(json.dumps(row), flush=True)
         arguments.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     every = [picture for _, pictures in drawn for picture in pictures]
@@ -93,17 +91,41 @@ def measure(arguments: argparse.Namespace) -> dict:
     return report
 
 
-def draw(precision: str, attention: str, prompts: list) -> tuple[list["torch.Tensor"], dict]:  # noqa: F821
-    """One picture a prompt, [height, width, 3] in 0..1, and how the denoiser ran. Raises ValueError with a reason."""
-    pipeline = Pipeline({}, precision, cache=False, attention=attention)
-    pictures = []
-    for prompt in prompts:
-        positive = pipeline.encode(prompt.text)
-        latent = pipeline.sample(positive, prompt.seed, prompt.said.width, prompt.said.height)
-        pictures.append(pipeline.decode(latent)[0].float().cpu())
-    path = path_of(pipeline.model)
-    pipeline.close()
-    return pictures, path
+def drawings(choices: list[tuple[str, str]], prompts: list, processes: int) -> Iterator[tuple[dict, list | None]]:
+    """In the order of the choices, the row of each and its pictures; None for what the device cannot run."""
+    import torch
+
+    spawn = multiprocessing.get_context("spawn")  # a process that forks from one with a CUDA context has none
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        concurrent.futures.ProcessPoolExecutor(processes, spawn, host.enter, (host.tree(), [])) as pool,
+    ):
+        files = [Path(folder) / f"{number}.pt" for number in range(len(choices))]
+        rows = pool.map(draw, choices, [prompts] * len(choices), files)
+        for row, file in zip(rows, files, strict=True):
+            yield row, torch.load(file, weights_only=True) if file.exists() else None
+
+
+def draw(choice: tuple[str, str], prompts: list, file: Path) -> dict:
+    """Write one picture a prompt, [height, width, 3] in 0..1; how the denoiser ran, or why it could not."""
+    import torch
+
+    precision, attention = choice
+    row, started = {"precision": precision, "attention": attention}, time.perf_counter()
+    with torch.inference_mode():
+        try:
+            pipeline = Pipeline({}, precision, cache=False, attention=attention)
+            pictures = []
+            for prompt in prompts:
+                positive = pipeline.encode(prompt.text)
+                latent = pipeline.sample(positive, prompt.seed, prompt.said.width, prompt.said.height)
+                pictures.append(pipeline.decode(latent)[0].float().cpu())
+        except ValueError as reason:  # the loader says what the device lacks
+            return row | {"not_run": str(reason)}
+        row |= path_of(pipeline.model)
+        pipeline.close()
+    torch.save(pictures, file)
+    return row | {"seconds": round(time.perf_counter() - started, 1)}
 
 
 def path_of(patcher) -> dict:

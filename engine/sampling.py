@@ -1,5 +1,7 @@
 """Running the sampler on a MODEL of the host: noise, guidance off, progress, previews, interruption."""
 
+from collections.abc import Callable
+
 import comfy.model_management
 import comfy.sample
 import comfy.samplers
@@ -7,15 +9,36 @@ import comfy.utils
 import latent_preview
 import torch
 
-from . import ode
+from . import ode, progress
 from .model import LATENT_SCALE, NATIVE_SIZE
 
 SIZE_STEP = 16
 
 
-def sampler() -> comfy.samplers.KSAMPLER:
-    """Our Euler method as a SAMPLER that SamplerCustomAdvanced takes."""
-    return comfy.samplers.KSAMPLER(_euler)
+def sampler(
+    solver: str, tolerance: float, on_report: Callable[[ode.Report], object] = lambda report: None
+) -> comfy.samplers.KSAMPLER:
+    """A solver of `ode` as a SAMPLER that SamplerCustomAdvanced takes.
+
+    What it did is given to on_report, and stands as text on the node that runs it.
+    """
+
+    def run(model, x, sigmas, extra_args=None, callback=None, disable=None):
+        extra_args = extra_args or {}
+
+        def on_evaluation(number, clean, current, sigma):
+            comfy.model_management.throw_exception_if_processing_interrupted()
+            if callback is not None:
+                callback({"x": current, "i": number, "sigma": sigma, "sigma_hat": sigma, "denoised": clean})
+
+        x, report = ode.solve(
+            solver, lambda current, sigma: model(current, sigma, **extra_args), x, sigmas, tolerance, on_evaluation
+        )
+        progress.show(str(report))
+        on_report(report)
+        return x
+
+    return comfy.samplers.KSAMPLER(run)
 
 
 def empty_latent(model, width: int, height: int, batch_size: int) -> dict:
@@ -35,11 +58,25 @@ def empty_latent(model, width: int, height: int, batch_size: int) -> dict:
     return {"samples": torch.zeros(shape, device=model.load_device)}
 
 
-def sample(model, positive: list, latent: dict, seed: int, levels: torch.Tensor) -> dict:
-    """The latent at the end of the schedule, as a LATENT with the keys of the given one.
+def sample(model, positive: list, latent: dict, seed: int, levels: torch.Tensor, **solving) -> dict:
+    """The latent of `sample_and_report`."""
+    return sample_and_report(model, positive, latent, seed, levels, **solving)[0]
 
-    All is checked where the model computes: on a processor of many cores each look at a latent takes milliseconds.
-    Guidance is off: one evaluation a step. Raises ValueError for a latent or result with NaN or infinity.
+
+def sample_and_report(
+    model,
+    positive: list,
+    latent: dict,
+    seed: int,
+    levels: torch.Tensor,
+    solver: str = ode.OFFICIAL,
+    tolerance: float = ode.TOLERANCE,
+) -> tuple[dict, ode.Report]:
+    """The latent at the end of the schedule, as a LATENT with the keys of the given one, and what the solver did.
+
+    Guidance is off: as many evaluations as the solver asks for. Raises ValueError for a latent or result with NaN or
+    infinity; both are looked at where the model computes, since on a processor of many cores each look takes
+    milliseconds.
     """
     start = comfy.sample.fix_empty_latent_channels(
         model,
@@ -51,28 +88,22 @@ def sample(model, positive: list, latent: dict, seed: int, levels: torch.Tensor)
     kept = {key: value for key, value in latent.items() if not key.startswith("downscale_ratio_")}
     outcome = comfy.model_management.intermediate_device()
     if len(levels) < 2:
-        return kept | {"samples": start.to(outcome)}
+        return kept | {"samples": start.to(outcome)}, ode.Report(solver, 0, tolerance, 0, (), ())
     guider = comfy.samplers.CFGGuider(model)
     guider.inner_set_conds({"positive": positive})
     guider.set_cfg(1.0)
+    reports = []
     result = guider.sample(
         comfy.sample.prepare_noise(start, seed, latent.get("batch_index")),
         start,
-        sampler(),
+        sampler(solver, tolerance, reports.append),
         levels,
         denoise_mask=latent.get("noise_mask"),
         callback=latent_preview.prepare_callback(model, len(levels) - 1),
         disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
         seed=seed,
     )
-    finite = torch.isfinite(result).all()  # before the copy, which waits for the result anyway
-    result = result.to(outcome)
-    if not finite:
-        raise ValueError(
-            "The sampler's result has NaN or infinite values: the model overflowed in "
-            f"{model.model.get_dtype_inference()}. Set the loader's precision to bf16 or fp32."
-        )
-    return kept | {"samples": result}
+    return kept | {"samples": result.to(outcome)}, reports[-1]
 
 
 def _check_start(model, start: torch.Tensor) -> None:
@@ -86,15 +117,3 @@ def _check_start(model, start: torch.Tensor) -> None:
         raise ValueError(
             "latent_image has NaN or infinite values. Look at the node that made it; VAE Encode in fp32 often helps."
         )
-
-
-def _euler(model, x, sigmas, extra_args=None, callback=None, disable=None):
-    """ode.euler in the form that the host's KSAMPLER calls."""
-    extra_args = extra_args or {}
-
-    def on_step(step, clean, current):
-        comfy.model_management.throw_exception_if_processing_interrupted()
-        if callback is not None:
-            callback({"x": current, "i": step, "sigma": sigmas[step], "sigma_hat": sigmas[step], "denoised": clean})
-
-    return ode.euler(lambda current, sigma: model(current, sigma, **extra_args), x, sigmas, on_step)

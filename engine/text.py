@@ -2,7 +2,7 @@
 
 import logging
 import unicodedata
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Hashable, Iterable
 from numbers import Real
 from pathlib import Path
 
@@ -178,7 +178,18 @@ def encode(clip, text: str) -> list:
     """
     check_prompt(text)
     tokens = clip.tokenize(text)
-    count = max(len(row) for rows in tokens.values() for row in rows)
+    check_length(text, token_count(tokens))
+    return encode_tokens(clip, text, tokens)
+
+
+def token_count(tokens: dict) -> int:
+    """tokens: as the host's CLIP.tokenize gives them."""
+    return max(len(row) for rows in tokens.values() for row in rows)
+
+
+def check_length(text: str, count: int) -> None:
+    """Raises ValueError for a prompt of more tokens than the model has places for; warns of more than it was trained
+    on."""
     if count > MAX_TOKENS:
         raise ValueError(
             f"text has {len(text):,} characters or {count:,} tokens, the model takes at most {MAX_TOKENS:,} "
@@ -190,15 +201,19 @@ def encode(clip, text: str) -> list:
             count,
             RECOMMENDED_TOKENS,
         )
-    return _remembered(clip, text, lambda: [_trim(*pair) for pair in clip.encode_from_tokens_scheduled(tokens)])
 
 
-def _remembered(clip, text: str, compute: Callable[[], list]) -> list:
+def encode_tokens(clip, key: Hashable, tokens: dict) -> list:
+    """CONDITIONING without padding for tokens as the host's CLIP.tokenize gives them. key: tells them from others."""
+    return _remembered(clip, key, lambda: [_trim(*pair) for pair in clip.encode_from_tokens_scheduled(tokens)])
+
+
+def _remembered(clip, key: Hashable, compute: Callable[[], list]) -> list:
     """What `compute` gives, or gave for this prompt with the same weights and layer; never under hooks."""
     kept = clip.patcher.get_attachment(EMBEDDINGS)
     hooked = clip.patcher.forced_hooks or clip.apply_hooks_to_conds or clip.patcher.injections
-    key = (text, clip.patcher.patches_uuid, clip.layer_idx)
-    pairs = compute() if kept is None or hooked else kept.get(key, compute)
+    known = (key, clip.patcher.patches_uuid, clip.layer_idx)
+    pairs = compute() if kept is None or hooked else kept.get(known, compute)
     return [[states, dict(extra)] for states, extra in pairs]  # nodes add to the dictionary
 
 

@@ -1,8 +1,11 @@
-"""Z-Image-Turbo Sampler: the official schedule of eight evaluations, from a prompt to a latent."""
+"""Z-Image-Turbo Sampler: the schedule of eight evaluations, from a prompt to a latent."""
 
-from comfy_api.latest import io
+import json
+
+from comfy_api.latest import io, ui
 
 from ..engine import ode, sampling
+from . import solvers
 
 MAX_SIDE = 4096
 
@@ -14,7 +17,7 @@ class ZImageTurboSampler(io.ComfyNode):
             node_id="ZImageTurboSampler",
             display_name="Z-Image-Turbo Sampler",
             category="Z-Image-Turbo",
-            description="Draws a latent in eight steps by the official schedule: shift 3, guidance off.",
+            description="Draws a latent in eight model evaluations by the official schedule: shift 3, guidance off.",
             search_aliases=["ksampler", "z-image sampler", "turbo sampler"],
             inputs=[
                 io.Model.Input("model", tooltip="A Z-Image-Turbo model, from our loader or a stock one."),
@@ -34,7 +37,7 @@ class ZImageTurboSampler(io.ComfyNode):
                     default=ode.NFE,
                     min=1,
                     max=100,
-                    tooltip="Model evaluations (NFE). The model is distilled for 8; more rarely helps.",
+                    tooltip="The budget of model evaluations (NFE). The model is distilled for 8; more rarely helps.",
                 ),
                 io.Float.Input(
                     "denoise",
@@ -44,23 +47,17 @@ class ZImageTurboSampler(io.ComfyNode):
                     step=0.01,
                     tooltip="1 draws anew. With a latent_image, the lower, the more of it is kept.",
                 ),
-                io.Int.Input(
-                    "width",
-                    default=0,
-                    min=0,
-                    max=MAX_SIDE,
-                    step=sampling.SIZE_STEP,
-                    tooltip="Width in pixels, a multiple of 16. 0: the size that the model was trained at. "
-                    "Not used with a latent_image.",
-                ),
-                io.Int.Input(
-                    "height",
-                    default=0,
-                    min=0,
-                    max=MAX_SIDE,
-                    step=sampling.SIZE_STEP,
-                    tooltip="Height in pixels, a multiple of 16. 0: the size that the model was trained at. "
-                    "Not used with a latent_image.",
+                *(
+                    io.Int.Input(
+                        side,
+                        default=0,
+                        min=0,
+                        max=MAX_SIDE,
+                        step=sampling.SIZE_STEP,
+                        tooltip=f"{side.capitalize()} in pixels, a multiple of 16. 0: the size that the model was "
+                        "trained at. Not used with a latent_image.",
+                    )
+                    for side in ("width", "height")
                 ),
                 io.Int.Input(
                     "batch_size",
@@ -74,17 +71,27 @@ class ZImageTurboSampler(io.ComfyNode):
                     optional=True,
                     tooltip="An encoded picture to start from (image to image), or an empty latent.",
                 ),
+                *solvers.inputs(),
             ],
-            outputs=[io.Latent.Output(tooltip="The drawn latent, for VAE Decode.")],
+            outputs=[
+                io.Latent.Output(tooltip="The drawn latent, for VAE Decode."),
+                io.String.Output(
+                    display_name="report",
+                    tooltip="Solver, evaluations used, sigmas and errors as JSON, for Z-Image-Turbo Save Image.",
+                ),
+            ],
+            has_intermediate_output=True,  # shown again when the graph is opened anew
         )
 
     @classmethod
     def execute(
-        cls, model, positive, seed, steps, denoise, width, height, batch_size, latent_image=None
+        cls, model, positive, seed, steps, denoise, width, height, batch_size, latent_image=None, **solving
     ) -> io.NodeOutput:
         if denoise < 1.0 and latent_image is None:
             raise ValueError(
                 f"denoise is {denoise}, but there is no latent_image to keep. Connect one, or set denoise to 1."
             )
         latent = latent_image or sampling.empty_latent(model, width, height, batch_size)
-        return io.NodeOutput(sampling.sample(model, positive, latent, seed, ode.sigmas(steps, denoise)))
+        levels = ode.sigmas(steps, denoise)
+        latent, report = sampling.sample_and_report(model, positive, latent, seed, levels, **solving)
+        return io.NodeOutput(latent, json.dumps(report.as_dict()), ui=ui.PreviewText(str(report)))

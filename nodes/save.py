@@ -11,6 +11,8 @@ from comfy_api.latest import io, ui
 
 from ..engine import pictures
 
+REPORT = "zimage_turbo"  # keyword of what the sampler reports, in the file
+
 
 class ZImageTurboSaveImage(io.ComfyNode):
     @classmethod
@@ -29,6 +31,12 @@ class ZImageTurboSaveImage(io.ComfyNode):
                     tooltip="The prefix for the file to save. This may include formatting information such as "
                     "%date:yyyy-MM-dd% or %Empty Latent Image.width% to include values from nodes.",
                 ),
+                io.String.Input(
+                    "report",
+                    optional=True,
+                    force_input=True,
+                    tooltip="The report of Z-Image-Turbo Sampler, to be stored in the files as zimage_turbo.",
+                ),
             ],
             outputs=[],
             hidden=[io.Hidden.prompt, io.Hidden.extra_pnginfo],
@@ -36,7 +44,7 @@ class ZImageTurboSaveImage(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, images, filename_prefix) -> io.NodeOutput:
+    def execute(cls, images, filename_prefix, report=None) -> io.NodeOutput:
         pictures.check(images)
         _, height, width, _ = images.shape
         progress = comfy.utils.ProgressBar(len(images))
@@ -46,7 +54,7 @@ class ZImageTurboSaveImage(io.ComfyNode):
             )
             files = [f"{name.replace('%batch_num%', str(i))}_{counter + i:05}_.png" for i in range(len(images))]
             paths = [Path(folder, file) for file in files]
-            pictures.save(images, paths, cls._metadata(), os.cpu_count(), lambda: progress.update(1))
+            pictures.save(images, paths, cls._metadata(report), os.cpu_count(), lambda: progress.update(1))
         except OSError as error:
             raise OSError(
                 f"filename_prefix is {filename_prefix!r}, but the picture cannot be written to the output folder: "
@@ -56,9 +64,10 @@ class ZImageTurboSaveImage(io.ComfyNode):
         return io.NodeOutput(ui=ui.SavedImages(saved))
 
     @classmethod
-    def _metadata(cls) -> dict[str, str]:
+    def _metadata(cls, report: str | None) -> dict[str, str]:
         """What the file tells of its origin; the editor opens the workflow from it."""
         if args.disable_metadata:
             return {}
         known = {"prompt": cls.hidden.prompt} if cls.hidden.prompt is not None else {}
-        return {key: json.dumps(value) for key, value in (known | (cls.hidden.extra_pnginfo or {})).items()}
+        texts = {key: json.dumps(value) for key, value in (known | (cls.hidden.extra_pnginfo or {})).items()}
+        return texts if report is None else texts | {REPORT: report}

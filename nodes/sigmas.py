@@ -3,6 +3,7 @@
 from comfy_api.latest import io
 
 from ..engine import ode, sampling
+from . import solvers
 
 
 class ZImageTurboSigmas(io.ComfyNode):
@@ -12,7 +13,7 @@ class ZImageTurboSigmas(io.ComfyNode):
             node_id="ZImageTurboSigmas",
             display_name="Z-Image-Turbo Sigmas",
             category="Z-Image-Turbo",
-            description="The official noise schedule and its solver, for the stock SamplerCustomAdvanced.",
+            description="The official noise schedule and a solver, for the stock SamplerCustomAdvanced.",
             search_aliases=["scheduler", "basic scheduler", "z-image schedule"],
             inputs=[
                 io.Int.Input(
@@ -20,7 +21,7 @@ class ZImageTurboSigmas(io.ComfyNode):
                     default=ode.NFE,
                     min=1,
                     max=100,
-                    tooltip="Model evaluations (NFE). The model is distilled for 8.",
+                    tooltip="The budget of model evaluations (NFE). The model is distilled for 8.",
                 ),
                 io.Float.Input(
                     "denoise",
@@ -30,13 +31,14 @@ class ZImageTurboSigmas(io.ComfyNode):
                     step=0.01,
                     tooltip="Below 1 the schedule starts later, for image to image.",
                 ),
+                *solvers.inputs(),
             ],
             outputs=[
                 io.Sigmas.Output(tooltip="Noise levels from 1 (or later, with denoise) to 0."),
-                io.Sampler.Output(tooltip="The solver: Euler's method for flow matching."),
+                io.Sampler.Output(tooltip="The chosen solver."),
             ],
         )
 
     @classmethod
-    def execute(cls, steps, denoise) -> io.NodeOutput:
-        return io.NodeOutput(ode.sigmas(steps, denoise), sampling.sampler())
+    def execute(cls, steps, denoise, solver=ode.OFFICIAL, tolerance=ode.TOLERANCE) -> io.NodeOutput:
+        return io.NodeOutput(ode.sigmas(steps, denoise), sampling.sampler(solver, tolerance))

@@ -12,6 +12,7 @@ from .servers import ARTIFACTS
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 WORKFLOW = "Z-Image-Turbo_SingleCard"
+BILINGUAL = "Z-Image-Turbo_Bilingual"
 PATIENCE_MS = 60_000
 SHOWN_PICTURE = """() => window.app.graph.nodes
     .filter(node => node.type === 'ZImageTurboSaveImage')
@@ -47,10 +48,10 @@ class Editor:
         self.page.get_by_role("button", name="Close dialog").click()
         self.test_id("template-workflows-content").wait_for(state="hidden")
 
-    def open_from_list(self) -> None:
-        """Click the shipped workflow in the Workflows sidebar, then close the sidebar."""
+    def open_from_list(self, workflow: str = WORKFLOW) -> None:
+        """Click a shipped workflow in the Workflows sidebar, then close the sidebar."""
         self.page.keyboard.press("w")
-        self.test_id(f"tree-node-root/{WORKFLOW}.json").click()
+        self.test_id(f"tree-node-root/{workflow}.json").click()
         self.wait_for_workflow()
         self.page.keyboard.press("w")
         self.test_id("workflows-sidebar").wait_for(state="hidden")

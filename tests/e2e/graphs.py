@@ -53,10 +53,10 @@ def from_latent(file: str) -> Graph:
     return graph
 
 
-def custom_sampler(seed: int) -> Graph:
+def custom_sampler(seed: int, solver: str) -> Graph:
     """Our schedule and solver in the stock SamplerCustomAdvanced."""
     graph = turbo()
-    graph["6"] = node("ZImageTurboSigmas", steps=8, denoise=1.0)
+    graph["6"] = node("ZImageTurboSigmas", steps=8, denoise=1.0, solver=solver)
     graph["7"] = node("RandomNoise", noise_seed=seed)
     graph["8"] = node("BasicGuider", model=[LOADER, 0], conditioning=[PROMPT, 0])
     graph["9"] = node("EmptySD3LatentImage", width=256, height=256, batch_size=1)
@@ -68,6 +68,7 @@ def custom_sampler(seed: int) -> Graph:
         sigmas=["6", 0],
         latent_image=["9", 0],
     )
+    del graph[SAVE]["inputs"]["report"]
     return graph
 
 
@@ -91,4 +92,5 @@ def stock(seed: int) -> Graph:
         scheduler="simple",
         denoise=1.0,
     )
+    del graph[SAVE]["inputs"]["report"]
     return graph

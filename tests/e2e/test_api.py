@@ -64,7 +64,9 @@ async def test_our_file_and_the_hosts_hold_the_same(comfy):
     assert [image | {"filename": image["filename"].replace("host", "sign")} for image in theirs] == ours
     for one, other in zip(ours, theirs, strict=True):
         one, other = await comfy.picture(one), await comfy.picture(other)
-        assert one.mode == other.mode and one.info == other.info and one.info["workflow"]
+        assert one.mode == other.mode and one.info["workflow"]
+        assert one.info.pop("zimage_turbo")  # the sampler's report, which only our node is connected to
+        assert one.info == other.info
         assert np.array_equal(np.asarray(one), np.asarray(other))
 
 
@@ -137,6 +139,20 @@ async def test_a_waiting_prompt_can_be_deleted(comfy):
     assert await comfy.get(f"/history/{waiting}") == {}
 
 
+async def test_what_the_solver_did_stands_in_the_answer_and_in_the_picture(comfy):
+    result = await comfy.run(turbo(seed=18, solver="adaptive", tolerance=0.05))
+    (text,) = result.outputs[SAMPLER]["text"]
+    report = json.loads((await comfy.picture(result.images[0])).info["zimage_turbo"])
+    assert report["solver"] == "adaptive" and report["tolerance"] == 0.05
+    assert report["nfe"] < report["budget"] == 8
+    assert report["sigmas"][0] == 1 and report["sigmas"][-1] == 0
+    assert len(report["sigmas"]) == report["nfe"] + 1 == len(report["errors"]) + 2
+    assert text.startswith(f"adaptive: {report['nfe']} of 8 evaluations")
+    told = [data["value"] for data in result.told("progress") if data["node"] == SAMPLER]
+    assert told == sorted(told) and told[-1] <= report["nfe"]
+    assert shows_the_saved_prompt((await comfy.draw(turbo(seed=18, solver="adaptive", tolerance=0.05)))[0])
+
+
 async def test_a_batch_gives_as_many_different_pictures(comfy):
     pictures = await comfy.draw(turbo(seed=12, batch_size=4))
     assert pictures.shape == (4, 256, 256, 3)
@@ -165,9 +181,10 @@ def distance(one: np.ndarray, other: np.ndarray) -> float:
     return float(np.abs(one.astype(np.float32) - other.astype(np.float32)).mean())
 
 
-async def test_sigmas_and_solver_in_the_stock_sampler_give_the_same_pixels_as_ours(comfy):
-    ours = await comfy.draw(turbo(seed=16))
-    assert np.array_equal(await comfy.draw(graphs.custom_sampler(seed=16)), ours)
+@pytest.mark.parametrize("solver", ["official", "implicit", "adaptive"])
+async def test_sigmas_and_solver_in_the_stock_sampler_give_the_same_pixels_as_ours(comfy, solver):
+    ours = await comfy.draw(turbo(seed=16, solver=solver))
+    assert np.array_equal(await comfy.draw(graphs.custom_sampler(seed=16, solver=solver)), ours)
 
 
 async def test_the_stock_workflow_on_our_model_gives_the_same_pixels_as_ours(comfy):

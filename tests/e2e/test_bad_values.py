@@ -22,6 +22,8 @@ REFUSED = [
     ("ZImageTurboSampler", "batch_size", 65, ("65", "bigger than max of 64")),
     ("ZImageTurboSampler", "steps", 0, ("0", "smaller than min of 1")),
     ("ZImageTurboSampler", "steps", 101, ("101", "bigger than max of 100")),
+    ("ZImageTurboSampler", "solver", "rk45", ("rk45", "not in list")),
+    ("ZImageTurboSampler", "tolerance", -0.1, ("-0.1", "smaller than min of 0")),
     ("ZImageTurboSampler", "denoise", 2, ("2.0", "bigger than max of 1.0")),
     ("ZImageTurboSampler", "denoise", "half", ("half", "FLOAT")),
     ("ZImageTurboSampler", "seed", -1, ("-1", "smaller than min of 0")),

@@ -13,8 +13,8 @@ from playwright.sync_api import sync_playwright
 from zimage_turbo.launcher import shelf
 
 from .damage import FOLDERS, PLACED
-from .editor import WORKFLOW, Editor, browser_path, foreign_addresses, forget_settings
-from .sight import shows_the_saved_prompt
+from .editor import BILINGUAL, WORKFLOW, Editor, browser_path, foreign_addresses, forget_settings
+from .sight import shows_the_bilingual_prompt, shows_the_saved_prompt
 
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
 pytestmark = pytest.mark.skipif(browser_path() is None, reason="no Chromium: set CHROMIUM or install chromium")
@@ -68,6 +68,18 @@ def test_the_workflow_from_the_list_runs_and_shows_its_picture(editor):
     assert shows_the_saved_prompt(pixels(address))
 
 
+def test_the_bilingual_workflow_runs_and_shows_what_was_sent(newcomer):
+    newcomer.close_templates()
+    newcomer.open_from_list(BILINGUAL)
+    newcomer.screenshot("bilingual")
+    assert all(node["known"] and not node["has_errors"] for node in newcomer.nodes())
+    newcomer.run()
+    address, _, _ = newcomer.picture()
+    assert shows_the_bilingual_prompt(pixels(address))
+    newcomer.page.get_by_text('写着红色文字"新年快乐"').first.wait_for()
+    newcomer.screenshot("bilingual_picture")
+
+
 def test_the_workflow_from_the_templates_runs(newcomer, pack):
     thumbnail = Image.open(pack / "workflows" / f"{WORKFLOW}.jpg")
     newcomer.page.get_by_text("All Templates").first.click()
@@ -109,7 +121,7 @@ def test_the_graph_stands_as_shipped(editor, pack):
     assert sorted(node["type"] for node in nodes) == sorted(node["type"] for node in shipped["nodes"])
     assert all(node["known"] and not node["has_errors"] for node in nodes), nodes
     links = sum(len(node["linked"]) for node in nodes)
-    assert links == len(shipped["links"]) == 6
+    assert links == len(shipped["links"]) == 7
     assert [node["title"] for node in nodes if node["size"][1] < node["needed"][1]] == []
     overlapping = [
         (one["title"], other["title"])

@@ -30,11 +30,11 @@ def batch(count: int = 2) -> torch.Tensor:
     return torch.rand(count, 48, 32, 3, generator=torch.Generator().manual_seed(count))
 
 
-def ours(images, prefix, prompt=PROMPT, extra=EXTRA) -> dict:
+def ours(images, prefix, prompt=PROMPT, extra=EXTRA, **inputs) -> dict:
     """What the node tells the editor."""
     hidden = {comfy_io.Hidden.prompt: prompt, comfy_io.Hidden.extra_pnginfo: extra}
     node = ZImageTurboSaveImage.PREPARE_CLASS_CLONE({"hidden_inputs": hidden})
-    result = node.execute(images, prefix)
+    result = node.execute(images, prefix, **inputs)
     assert result.result is None
     return result.ui.as_dict()
 
@@ -83,9 +83,16 @@ def test_metadata_that_is_not_there_is_not_written(output, prompt, extra):
 
 def test_metadata_can_be_switched_off(output, monkeypatch):
     monkeypatch.setattr(args, "disable_metadata", True)
-    ours(batch(1), "a")
+    ours(batch(1), "a", report="{}")
     ((_, information),) = written(output).values()
     assert information == {}
+
+
+def test_the_samplers_report_stands_in_every_file(output):
+    ours(batch(2), "a", report='{"nfe": 8}')
+    for _, information in written(output).values():
+        assert json.loads(information["zimage_turbo"]) == {"nfe": 8}
+        assert json.loads(information["prompt"]) == PROMPT
 
 
 def test_a_folder_that_cannot_be_written_is_named(output):

@@ -1,0 +1,61 @@
+"""The node: one prompt or one a line, each as long as it is, and what it shows."""
+
+import pytest
+import torch
+
+import nodes as host_nodes
+from zimage_turbo.engine import ode, progress, prompts, sampling, text
+from zimage_turbo.nodes.text_encoder import ZImageTurboTextEncode
+
+PROMPTS = ["a red circle", "[zh]写着“新年快乐”的牌子[/zh]", "two large purple hearts, mint background, on a small sign"]
+
+
+def states(conditioning) -> torch.Tensor:
+    ((only, _),) = conditioning
+    return only
+
+
+def encode(demo, prompt: str, **options):
+    (encoded,), shown = (output := ZImageTurboTextEncode.execute(demo[1], prompt, **options)).args, output.ui.value
+    return encoded, shown
+
+
+def test_one_prompt_is_a_list_of_one(demo):
+    encoded, shown = encode(demo, "a red circle\nand a blue square")
+    assert [
+        torch.equal(states(each), states(text.encode(demo[1], "a red circle\nand a blue square"))) for each in encoded
+    ] == [True]
+    assert "Sent: a red circle\nand a blue square" in shown
+
+
+def test_one_prompt_a_line(demo):
+    """Each is what it is alone: of its own length, with nothing of the others and no padding."""
+    encoded, shown = encode(demo, "\n\n".join(PROMPTS), one_per_line=True)
+    alone = [prompts.encode(demo[1], each) for each in PROMPTS]
+    assert len({states(each).shape[1] for each in encoded}) == 3
+    for one, (other, report) in zip(encoded, alone, strict=True):
+        assert torch.equal(states(one), states(other))
+        assert one[0][1]["attention_mask"].all()
+        assert str(report) in shown
+
+
+@pytest.mark.parametrize("spans", prompts.SPANS)
+def test_the_hosts_sampler_takes_what_comes(demo, spans):
+    """Ours and the stock KSampler draw the same from it."""
+    encoded, _ = encode(demo, PROMPTS[1], spans=spans, zh_weight=0.8)
+    start = sampling.empty_latent(demo[0], 192, 192, 1)
+    ours = sampling.sample(demo[0], encoded[0], start, 1, ode.sigmas())["samples"]
+    (theirs,) = host_nodes.KSampler().sample(demo[0], 1, 8, 1.0, "euler", "simple", encoded[0], encoded[0], start, 1.0)
+    assert torch.equal(ours, theirs["samples"])
+
+
+def test_a_bad_line_fails(demo):
+    with pytest.raises(ValueError, match="text is empty"):
+        encode(demo, " \n ", one_per_line=True)
+
+
+def test_what_it_shows_stands_on_the_node(demo, monkeypatch):
+    told = []
+    monkeypatch.setattr(progress, "show", told.append)
+    _, shown = encode(demo, "[ZH]红[/zh]")
+    assert told == [shown] and "[ZH] is read as [zh]" in shown

@@ -237,11 +237,11 @@ def triton_refusal(request: Request) -> str | None:
     if torch.version.hip:
         return "needs an NVIDIA GPU, this torch is built for ROCm"
     if not installed("triton"):
-        return "the package triton is not installed"
+        return "needs the package triton, which is not installed"
     if request.capability < OLDEST:
         return "needs a GPU of compute capability 7.0 or newer, this one has {}.{}".format(*request.capability)
     if request.quantise and request.capability < (8, 9):
-        return "FP8 needs a GPU of compute capability 8.9 or newer, this one has {}.{}".format(*request.capability)
+        return "needs a GPU of compute capability 8.9 or newer for FP8, this one has {}.{}".format(*request.capability)
     return None
 
 

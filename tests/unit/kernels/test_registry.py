@@ -196,7 +196,7 @@ def test_the_fused_ops_prefer_triton_where_it_runs(op, monkeypatch):
     assert "compute capability 8.9 or newer, this one has 7.5" in triton_refusal(Request(GPU, quantise=True))
     monkeypatch.setattr(registry, "installed", lambda package: False)
     assert op.choose("auto", Request(GPU)).name == "torch"
-    assert triton_refusal(Request(GPU)) == "the package triton is not installed"
+    assert triton_refusal(Request(GPU)) == "needs the package triton, which is not installed"
 
 
 def test_the_package_imports_without_triton_and_touches_no_gpu(pack):

@@ -2,8 +2,8 @@
 
 Run on a machine with an NVIDIA GPU: python benchmarks/kernels_int4.py [--sweep] [--out FILE.json]
 Times are those of a replayed CUDA graph that goes through copies of a weight, together larger than the L2 cache, so
-that every call reads its weight from memory. --sweep tries the kernels for few rows in many launch shapes on every
-weight, beside the shape that the pack takes. Processes of their own compile and check them before any is timed.
+that every call reads its weight from memory. --sweep tries launch shapes for few rows next to those that the pack
+takes, on every weight. Processes of their own compile and check them before any is timed.
 """
 
 import argparse
@@ -90,7 +90,7 @@ def gate() -> list[dict]:
     for dtype in (FP8, BF16, torch.float16):
         expected = int4.expand(weight, dtype, backend="torch")
         require(f"expand {dtype}", (int4.expand(weight, dtype).float() != expected.float()).sum().item(), 0)
-    for dtype, count in itertools.product((BF16, torch.float16), (1, 8, 16, 17, 64)):
+    for dtype, count in itertools.product((BF16, torch.float16), (1, 8, 16, 17, 64, 128)):
         found, allowed = product_error(int4_few_rows_triton.linear, weight, count, dtype)
         require(f"{count} rows {dtype}", found, allowed)
     if fp8.supported("cuda") is None:
@@ -184,13 +184,20 @@ def few_rows_linear(kernel: str, shape: dict, x: torch.Tensor, w: int4.Int4Weigh
 
 
 def sweep() -> list[dict]:
-    """For each weight and number of rows the ten fastest launch shapes."""
+    """For each weight and number of rows the times of the launch shape that the pack takes and of those next to it."""
+    multiprocessors = torch.cuda.get_device_properties("cuda").multi_processor_count
+    cases = {
+        (weight, rows): list(launch_shapes(*weight, rows, multiprocessors))
+        for weight, rows in itertools.product(SWEPT, ROWS)
+    }
+    kinds = []
+    for (_, rows), trials in cases.items():
+        kinds += [(rows, *trial) for trial in trials if (rows, *trial) not in kinds]
     with ProcessPoolExecutor(14, multiprocessing.get_context("spawn")) as pool:
-        trials = [(rows, *trial) for rows in ROWS for trial in launch_shapes(rows)]
-        fits = list(pool.map(is_right, *zip(*trials, strict=True)))
-    right = [trial for trial, kept in zip(trials, fits, strict=True) if kept]
-    if [rows for rows, kernel, _ in right if kernel == "chosen"] != list(ROWS):
-        sys.exit("the shape that the pack takes is wrong: no times are reported")
+        fits = list(pool.map(is_right, *zip(*kinds, strict=True)))
+    right = [kind for kind, kept in zip(kinds, fits, strict=True) if kept]
+    if any((rows, *trials[0]) not in right for (_, rows), trials in cases.items()):
+        sys.exit("a shape that the pack takes is wrong: no times are reported")
     found = []
     for outputs, columns in SWEPT:
         copies, dense = pair(outputs, columns)
@@ -198,31 +205,31 @@ def sweep() -> list[dict]:
             x = torch.randn(rows, columns, device="cuda", dtype=BF16)
             plain = microseconds(lambda w, x=x: F.linear(x, w), dense)
             times = []
-            for kernel, shape in (trial[1:] for trial in right if trial[0] == rows):
-                call = partial(few_rows_linear, kernel, shape, x)
-                times.append({"us": microseconds(call, copies, repeats=5), "kernel": kernel, **shape})
+            for kernel, shape in cases[(outputs, columns), rows]:
+                if (rows, kernel, shape) in right:
+                    call = partial(few_rows_linear, kernel, shape, x)
+                    times.append({"us": microseconds(call, copies, repeats=5), "kernel": kernel, **shape})
+            chosen = times[0]["us"]
             times.sort(key=lambda trial: trial["us"])
-            chosen = next(trial["us"] for trial in times if trial["kernel"] == "chosen")
             print(f"\nN={outputs} K={columns} M={rows} bf16 {plain:.1f} chosen {chosen:.1f} best {times[0]['us']:.1f}")
-            for trial in times[:10]:
+            for trial in times:
                 print(f"    {trial['us']:5.1f}", *(f"{k}={v}" for k, v in trial.items() if k != "us"), flush=True)
-            found.append({"N": outputs, "K": columns, "M": rows, "bf16": plain, "chosen": chosen, "best": times[:10]})
+            found.append({"N": outputs, "K": columns, "M": rows, "bf16": plain, "chosen": chosen, "times": times})
     return found
 
 
-def launch_shapes(rows: int):
-    """(kernel, shape) to try for a number of rows."""
-    yield "chosen", {}
-    if rows <= 16:
-        for warps, slices in itertools.product((2, 4, 8), (1, 2, 3)):
-            yield "lanes", {"warps": warps, "slices": slices}
-        for slices in (1, 2):
-            yield "lanes", {"warps": 4, "slices": slices, "products": False}
-    if rows > 8:
-        for warps, slices in itertools.product((4, 8), (1, 2, 3, 4, 6)):
-            yield "tiles", {"warps": warps, "slices": slices}
-        for warps in (4, 8):
-            yield "tiles", {"warps": warps, "slices": 2, "stages": 4}
+def launch_shapes(outputs: int, columns: int, rows: int, multiprocessors: int):
+    """(kernel, shape) to try for a product: what the pack takes, then changes of one parameter of it."""
+    if rows <= int4_few_rows_triton.MOST_IN_LANES:
+        kernel, shape = "lanes", int4_few_rows_triton.lanes_shape(outputs, columns, multiprocessors)
+        others = [{"warps": 2}]
+    else:
+        kernel, shape = "tiles", int4_few_rows_triton.tiles_shape(rows, outputs, columns, multiprocessors)
+        others = [{"warps": 12 - shape["warps"]}, {"arranged": not shape["arranged"]}, {"slices": 2 * shape["slices"]}]
+    yield kernel, shape
+    others += [{"slices": slices} for slices in (shape["slices"] - 1, shape["slices"] + 1) if slices > 0]
+    for other in others:
+        yield kernel, {**shape, **other}
 
 
 def is_right(rows: int, kernel: str, shape: dict) -> bool:

@@ -58,27 +58,12 @@ def _look_up_four(t0, t1, t2, t3, entry, half, PTX: tl.constexpr):
 
 
 @triton.jit
-def high_word(word, factor):
-    """The upper half of word * factor: word shifted right by 32 - n if factor, a uint32, is 2^n."""
-    return tl.umulhi(word.to(tl.uint32, bitcast=True), factor).to(tl.int32, bitcast=True)
-
-
-@triton.jit
-def look_up(t0, t1, t2, t3, word, unit, PTX: tl.constexpr):
-    """The bytes that the 8 codes of an int32 choose from the 16 in t0 .. t3: two int32, in order of columns.
-
-    unit: None, or 2^16 (uint32, not known to the compiler) where decoding waits for the pipe that permutes, masks and
-    shifts at half the rate of issue: shifts become products, for which there is a pipe beside it.
-    """
+def look_up(t0, t1, t2, t3, word, PTX: tl.constexpr):
+    """The bytes that the 8 codes of an int32 choose from the 16 in t0 .. t3: two int32, in order of columns."""
     entry = word & 0x77777777
-    if unit is None:
-        half = ((word >> 1) & 0x44444444) | 0x32103210
-        further, further_half = entry >> 16, half >> 16
-    else:
-        half = (high_word(word, unit << 15) & 0x44444444) | (unit * 0x3210 + 0x3210).to(tl.int32)
-        further, further_half = high_word(entry, unit), high_word(half, unit)
+    half = ((word >> 1) & 0x44444444) | 0x32103210
     first = _look_up_four(t0, t1, t2, t3, entry, half, PTX)
-    second = _look_up_four(t0, t1, t2, t3, further, further_half, PTX)
+    second = _look_up_four(t0, t1, t2, t3, entry >> 16, half >> 16, PTX)
     return first, second
 
 
@@ -88,8 +73,8 @@ def look_up_pairs(h0, h1, h2, h3, l0, l1, l2, l3, word, PTX: tl.constexpr):
 
     Four int32, each of two neighbouring columns.
     """
-    high_0, high_1 = look_up(h0, h1, h2, h3, word, None, PTX)
-    low_0, low_1 = look_up(l0, l1, l2, l3, word, None, PTX)
+    high_0, high_1 = look_up(h0, h1, h2, h3, word, PTX)
+    low_0, low_1 = look_up(l0, l1, l2, l3, word, PTX)
     return (
         permute_bytes(low_0, high_0, 0x5140, PTX),
         permute_bytes(low_0, high_0, 0x7362, PTX),

@@ -19,8 +19,8 @@ def _expand_fp8_kernel(codes_ptr, groups_ptr, table_ptr, out_ptr, count, PTX: tl
         codes = tl.load(codes_ptr + group, mask=mask, other=0)
         shape = tl.load(groups_ptr + group, mask=mask, other=0).to(tl.int32)
         t0, t1, t2, t3 = load_four(table_ptr + shape * 4, PTX)
-        first, second = look_up(t0, t1, t2, t3, codes.to(tl.int32), None, PTX)
-        third, fourth = look_up(t0, t1, t2, t3, (codes >> 32).to(tl.int32), None, PTX)
+        first, second = look_up(t0, t1, t2, t3, codes.to(tl.int32), PTX)
+        third, fourth = look_up(t0, t1, t2, t3, (codes >> 32).to(tl.int32), PTX)
         eights = tl.join(pack_words(first, second), pack_words(third, fourth))
         place = group[:, None] * 2 + tl.arange(0, 2)[None, :]
         tl.store(out_ptr + place, eights, mask=mask[:, None])

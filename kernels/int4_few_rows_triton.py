@@ -4,13 +4,18 @@ The shapes follow from how programs fill a GPU's multiprocessors. Their constant
 Z-Image and Qwen3 on an H100 (benchmarks/kernels_int4.py --sweep).
 """
 
+import itertools
+from functools import lru_cache
+
 import torch
 import triton
 
 from . import int4_lanes_triton, int4_tiles_triton
 from .int4_lanes_triton import STEP
 
-MOST_IN_LANES = 16  # rows up to which each thread's own products were faster
+MOST_IN_LANES = 8  # rows up to which each thread's own products were faster
+MOST_UNARRANGED = 2**18  # results up to which tiles were faster with x put into order by each program
+MOST_SLICES = 8  # 12 were hardly faster
 
 
 def linear(x, codes, groups, scales, bias, out=None):
@@ -42,21 +47,27 @@ def lanes_shape(outputs: int, columns: int, multiprocessors: int) -> dict[str, i
     return {"warps": warps, "slices": min((1, 2, 3), key=time)}
 
 
+@lru_cache
 def tiles_shape(rows: int, outputs: int, columns: int, multiprocessors: int) -> dict[str, int]:
-    """Launch parameters of int4_tiles_triton.linear: those that leave the fewest places for programs idle.
+    """Launch parameters of int4_tiles_triton.linear: those with which the most of a GPU's time goes into products.
 
-    A multiprocessor computes one program of 8 warps at a time, or two, or three of 4 warps. A slice more must fill 2 %
-    more of the places, since its sums have to be added up. More than four slices of fewer than 8 steps are too short:
-    then half the outputs in half as many slices give as many programs.
+    A multiprocessor is as fast with one program of 8 warps as with three or five of 4 warps, and a fifth slower with
+    one of those. Programs come in waves that fill these places, the last of them in part. Each needs a step's time more
+    than its steps. To add up slices costs more the more rows there are to the columns of a product.
+
+    To arrange x beforehand takes a launch more, and saves every program to do so: it pays where there are many results.
     """
-
-    def filled(warps: int, together: int) -> tuple[float, int, int]:
-        places, blocks = together * multiprocessors, triton.cdiv(outputs, 16 * warps) * triton.cdiv(rows, 64)
-        slices = max(1, places // blocks)
-        return slices * blocks / places - 0.02 * slices, warps, slices
-
-    _, warps, slices = max(filled(8, 1), filled(8, 2), filled(4, 3), key=lambda shape: shape[0])
     steps = columns // STEP
-    if slices > 4 and steps < 8 * slices:
-        warps, slices = 4, slices // 2
-    return {"warps": warps, "slices": min(steps, slices)}
+
+    def useful(warps: int, together: int, speed: float, slices: int) -> float:
+        steps_in_slice = triton.cdiv(steps, slices)
+        slices = triton.cdiv(steps, steps_in_slice)
+        programs = triton.cdiv(outputs, 16 * warps) * triton.cdiv(rows, 64) * slices
+        places = together * multiprocessors
+        filled = programs / (places * triton.cdiv(programs, places))
+        share = steps / (slices * (steps_in_slice + 1))
+        return speed * filled * share - (2 * rows / columns * slices if slices > 1 else 0)
+
+    shapes = itertools.product(((8, 1, 1), (4, 1, 0.8), (4, 3, 1), (4, 5, 1)), range(1, min(steps, MOST_SLICES) + 1))
+    (warps, _, _), slices = max(shapes, key=lambda shape: useful(*shape[0], shape[1]))
+    return {"warps": warps, "slices": slices, "arranged": rows * outputs > MOST_UNARRANGED}

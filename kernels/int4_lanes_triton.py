@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from .int4_decode_triton import from_lane, high_word, load_four, look_up, permute_bytes
+from .int4_decode_triton import from_lane, load_four, look_up, permute_bytes
 from .int4_early_triton import early
 from .int4_shapes import shapes
 from .int4_slices_triton import sum_slices
@@ -24,65 +24,36 @@ STEP = 128  # columns: two groups for each of the 4 threads that share an output
 
 
 @triton.jit
-def _load_codes(start, step, stride, PTX: tl.constexpr):
-    """Four int32, 16-byte aligned, that no other thread reads, at start (int64) + step * stride bytes.
+def _load_codes(pointer, PTX: tl.constexpr):
+    """Four neighbouring int32, 16-byte aligned, that no other thread reads.
 
-    Not `ld.global.nc`, here and below: the kernel before this one may still write them when this one starts. A product
-    finds the address, off the pipe that decoding waits for.
+    Not `ld.global.nc`, here and in _load_x: the kernel before this one may still write them when this one starts.
     """
     if PTX:
         return tl.inline_asm_elementwise(
-            "{ .reg .b64 at; mad.wide.s32 at, $5, $6, $4; "
-            "ld.global.L1::no_allocate.L2::128B.v4.b32 {$0, $1, $2, $3}, [at]; }",
-            "=r,=r,=r,=r,l,r,r",
-            [start, step, stride],
+            "ld.global.L1::no_allocate.L2::128B.v4.b32 {$0, $1, $2, $3}, [$4];",
+            "=r,=r,=r,=r,l",
+            [pointer.to(tl.int64)],
             dtype=(tl.int32, tl.int32, tl.int32, tl.int32),
             is_pure=False,
             pack=1,
         )
-    return _load_four_at(start + step * stride)
-
-
-@triton.jit
-def _load_four_at(address):
-    pointer = address.to(tl.pointer_type(tl.int32))
     return tl.load(pointer), tl.load(pointer + 1), tl.load(pointer + 2), tl.load(pointer + 3)
 
 
 @triton.jit
-def _load_groups(start, step, stride, PTX: tl.constexpr):
-    """Two bytes, at start (int64) + step * stride bytes."""
+def _load_x(pointer, PTX: tl.constexpr):
+    """Four neighbouring int32, 16-byte aligned."""
     if PTX:
         return tl.inline_asm_elementwise(
-            "{ .reg .b64 at; .reg .b16 two; mad.wide.s32 at, $2, $3, $1; "
-            "ld.global.u16 two, [at]; cvt.u32.u16 $0, two; }",
-            "=r,l,r,r",
-            [start, step, stride],
-            dtype=tl.int32,
+            "ld.global.v4.b32 {$0, $1, $2, $3}, [$4];",
+            "=r,=r,=r,=r,l",
+            [pointer.to(tl.int64)],
+            dtype=(tl.int32, tl.int32, tl.int32, tl.int32),
             is_pure=False,
             pack=1,
         )
-    return tl.load((start + step * stride).to(tl.pointer_type(tl.int16))).to(tl.int32)
-
-
-@triton.jit
-def _load_x(start, step, stride, GROUP: tl.constexpr, PTX: tl.constexpr):
-    """16 columns of a row of x as eight int32, at start (int64) + step * stride bytes, or 32 bytes further."""
-    if PTX:
-        first: tl.constexpr = "[at]" if GROUP == 0 else "[at + 32]"
-        second: tl.constexpr = "[at + 16]" if GROUP == 0 else "[at + 48]"
-        return tl.inline_asm_elementwise(
-            "{ .reg .b64 at; mad.wide.s32 at, $9, $10, $8; ld.global.v4.b32 {$0, $1, $2, $3}, " + first + "; "
-            "ld.global.v4.b32 {$4, $5, $6, $7}, " + second + "; }",
-            "=r,=r,=r,=r,=r,=r,=r,=r,l,r,r",
-            [start, step, stride],
-            dtype=(tl.int32, tl.int32, tl.int32, tl.int32, tl.int32, tl.int32, tl.int32, tl.int32),
-            is_pure=False,
-            pack=1,
-        )
-    a = _load_four_at(start + step * stride + 32 * GROUP)
-    b = _load_four_at(start + step * stride + 32 * GROUP + 16)
-    return a[0], a[1], a[2], a[3], b[0], b[1], b[2], b[3]
+    return tl.load(pointer), tl.load(pointer + 1), tl.load(pointer + 2), tl.load(pointer + 3)
 
 
 @triton.jit
@@ -141,28 +112,34 @@ def _widened(word, factor, offset, FP16: tl.constexpr, PTX: tl.constexpr):
         first = (((word << 24) >> 24) & 0xFFFF) | (((word << 16) >> 24) << 16)
         second = (((word << 8) >> 24) & 0xFFFF) | ((word >> 24) << 16)
     mask: tl.constexpr = 0x017F017F if FP16 else 0x087F087F
-    return (first & mask) * factor + offset, (second & mask) * factor + offset
+    return _scaled(first & mask, factor, offset, PTX), _scaled(second & mask, factor, offset, PTX)
 
 
 @triton.jit
-def decode_group(
-    table_ptr, own, low, high, byte, unit, FP16: tl.constexpr, PTX: tl.constexpr, PRODUCTS: tl.constexpr = True
-):
+def _scaled(word, factor, offset, PTX: tl.constexpr):
+    """word * factor + offset in one instruction, which the compiler would take apart."""
+    if PTX:
+        return tl.inline_asm_elementwise(
+            "mad.lo.s32 $0, $1, $2, $3;", "=r,r,r,r", [word, factor, offset], dtype=tl.int32, is_pure=True, pack=1
+        )
+    return word * factor + offset
+
+
+@triton.jit
+def decode_group(table_ptr, own, low, high, byte, FP16: tl.constexpr, PTX: tl.constexpr):
     """The 16 weights of a group as eight int32, in order of columns.
 
-    own: the shape that the thread's lane holds. byte: the group's, of which only the lower eight bits count. unit: as
-    look_up takes it.
+    own: the shape that the thread's lane holds. byte: the group's, of which only the lower eight bits count.
     """
-    t0, t1, t2, t3 = from_lane(table_ptr, own, high_word(byte, unit << 13), PTX)
-    one = unit.to(tl.int32)
+    t0, t1, t2, t3 = from_lane(table_ptr, own, byte >> 3, PTX)
     if FP16:  # from a bias of 7 to 15
-        factor = one >> 9
+        factor = 128
         offset = 0x20002000 - (byte & 7) * 0x04000400
     else:  # to 127
-        factor = one >> 12
+        factor = 16
         offset = 0x3C003C00 - (byte & 7) * 0x00800080
-    b0, b1 = look_up(t0, t1, t2, t3, low, unit if PRODUCTS else None, PTX)
-    b2, b3 = look_up(t0, t1, t2, t3, high, unit if PRODUCTS else None, PTX)
+    b0, b1 = look_up(t0, t1, t2, t3, low, PTX)
+    b2, b3 = look_up(t0, t1, t2, t3, high, PTX)
     w0, w1 = _widened(b0, factor, offset, FP16, PTX)
     w2, w3 = _widened(b1, factor, offset, FP16, PTX)
     w4, w5 = _widened(b2, factor, offset, FP16, PTX)
@@ -171,24 +148,26 @@ def decode_group(
 
 
 @triton.jit
-def _read_weights(codes, groups, step, unit, PTX: tl.constexpr):
+def _read_weights(codes_ptr, groups_ptr, step, PTX: tl.constexpr):
     """Codes of 32 columns (four int32) and their two group bytes."""
-    one = unit.to(tl.int32)
-    four = _load_codes(codes, step, one >> 10, PTX)
-    return four[0], four[1], four[2], four[3], _load_groups(groups, step, one >> 13, PTX)
+    codes = _load_codes(codes_ptr + step * 16, PTX)
+    return codes[0], codes[1], codes[2], codes[3], tl.load(groups_ptr + step * 4).to(tl.int32)
 
 
 @triton.jit
-def _decode_both(
-    table_ptr, own, low, high, unit, GROUP: tl.constexpr, FP16: tl.constexpr, PTX: tl.constexpr, PRODUCTS: tl.constexpr
-):
+def _read_x(x_ptr, step, GROUP: tl.constexpr, PTX: tl.constexpr):
+    """A group's 16 columns of a row of x as eight int32."""
+    a = _load_x(x_ptr + step * 64 + 8 * GROUP, PTX)
+    b = _load_x(x_ptr + step * 64 + 8 * GROUP + 4, PTX)
+    return a[0], a[1], a[2], a[3], b[0], b[1], b[2], b[3]
+
+
+@triton.jit
+def _decode_both(table_ptr, own, low, high, GROUP: tl.constexpr, FP16: tl.constexpr, PTX: tl.constexpr):
     """The weights of a group of outputs g and g + 8: two times eight int32."""
-    low_byte, high_byte = low[4], high[4]
-    if GROUP == 1:
-        low_byte, high_byte = high_word(low_byte, unit << 8), high_word(high_byte, unit << 8)
     return (
-        decode_group(table_ptr, own, low[2 * GROUP], low[2 * GROUP + 1], low_byte, unit, FP16, PTX, PRODUCTS),
-        decode_group(table_ptr, own, high[2 * GROUP], high[2 * GROUP + 1], high_byte, unit, FP16, PTX, PRODUCTS),
+        decode_group(table_ptr, own, low[2 * GROUP], low[2 * GROUP + 1], low[4] >> (8 * GROUP), FP16, PTX),
+        decode_group(table_ptr, own, high[2 * GROUP], high[2 * GROUP + 1], high[4] >> (8 * GROUP), FP16, PTX),
     )
 
 
@@ -202,19 +181,13 @@ def _multiply_group(total, weights, x, FP16: tl.constexpr, PTX: tl.constexpr):
 
 
 @triton.jit
-def _multiply_step(total, more, table_ptr, own, low, high, x, more_x, step, unit,
-                   EIGHTS: tl.constexpr, FP16: tl.constexpr, PTX: tl.constexpr, PRODUCTS: tl.constexpr):  # fmt: skip
-    """total and more, the sums of eight rows each, + 32 columns of 16 outputs times x's."""
-    stride = unit.to(tl.int32) >> 8
+def _multiply_step(total, table_ptr, own, low, high, x_ptr, step, FP16: tl.constexpr, PTX: tl.constexpr):
+    """total + 32 columns of 16 outputs times x's."""
     for group in tl.static_range(2):
-        columns = _load_x(x, step, stride, group, PTX)
-        if EIGHTS == 2:
-            more_columns = _load_x(more_x, step, stride, group, PTX)
-        weights = _decode_both(table_ptr, own, low, high, unit, group, FP16, PTX, PRODUCTS)
-        total = _multiply_group(total, weights, columns, FP16, PTX)
-        if EIGHTS == 2:
-            more = _multiply_group(more, weights, more_columns, FP16, PTX)
-    return total, more
+        x = _read_x(x_ptr, step, group, PTX)
+        weights = _decode_both(table_ptr, own, low, high, group, FP16, PTX)
+        total = _multiply_group(total, weights, x, FP16, PTX)
+    return total
 
 
 @triton.jit
@@ -242,89 +215,73 @@ def _store_sums(total, y_ptr, scales_ptr, bias_ptr, first_row, first_output, row
         tl.store(y_ptr + row.to(tl.int64) * outputs + output, y.to(y_ptr.dtype.element_ty), mask=fits)
 
 
-@triton.jit(do_not_specialize=["rows", "steps_in_slice", "unit"])
+@triton.jit(do_not_specialize=["rows", "steps_in_slice"])
 def _product_kernel(
-    x_ptr, codes_ptr, groups_ptr, table_ptr, scales_ptr, bias_ptr, y_ptr, rows, outputs, columns, steps_in_slice, unit,
+    x_ptr, codes_ptr, groups_ptr, table_ptr, scales_ptr, bias_ptr, y_ptr, rows, outputs, columns, steps_in_slice,
     BIAS: tl.constexpr, SPLIT: tl.constexpr, FP16: tl.constexpr, PTX: tl.constexpr,
-    WARPS: tl.constexpr, EIGHTS: tl.constexpr, PRODUCTS: tl.constexpr, EARLY: tl.constexpr,
+    WARPS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     if EARLY:
         gdc_wait()
         gdc_launch_dependents()
-    unit = unit.to(tl.uint32)
     thread = tl.arange(0, WARPS * 32)
     g, t = thread // 4 % 8, thread % 4
     steps_in_row = columns // 128
     k_slice = tl.program_id(1)
     first = k_slice * steps_in_slice
     steps = tl.minimum(steps_in_row - first, steps_in_slice)
-    first_row = tl.program_id(2) * (8 * EIGHTS)
+    first_row = tl.program_id(2) * 8
     first_output = tl.program_id(0) * 16
     # Past the end, outputs and rows are the last ones, and steps the slice's last: none of them counts.
     at = tl.minimum(first_output + g, outputs - 1).to(tl.int64) * steps_in_row + first
     at_8 = tl.minimum(first_output + g + 8, outputs - 1).to(tl.int64) * steps_in_row + first
-    codes, codes_8 = codes_ptr.to(tl.int64) + at * 64 + t * 16, codes_ptr.to(tl.int64) + at_8 * 64 + t * 16
-    groups, groups_8 = groups_ptr.to(tl.int64) + at * 8 + t * 2, groups_ptr.to(tl.int64) + at_8 * 8 + t * 2
-    row, row_8 = tl.minimum(first_row + g, rows - 1), tl.minimum(first_row + g + 8, rows - 1)
-    x = x_ptr.to(tl.int64) + (row.to(tl.int64) * steps_in_row + first) * 256 + t * 64
-    x_8 = x_ptr.to(tl.int64) + (row_8.to(tl.int64) * steps_in_row + first) * 256 + t * 64
+    codes, groups = codes_ptr + at * 16 + t * 4, groups_ptr + at * 4 + t
+    codes_8, groups_8 = codes_ptr + at_8 * 16 + t * 4, groups_ptr + at_8 * 4 + t
+    x = x_ptr + (tl.minimum(first_row + g, rows - 1).to(tl.int64) * steps_in_row + first) * 64 + t * 16
     own = load_four(table_ptr + thread % 32 * 4, PTX)
     step = tl.minimum(thread // 32, steps - 1)
-    low, high = _read_weights(codes, groups, step, unit, PTX), _read_weights(codes_8, groups_8, step, unit, PTX)
+    low, high = _read_weights(codes, groups, step, PTX), _read_weights(codes_8, groups_8, step, PTX)
     # Two rounds ahead: what is loaded one round ahead the compiler loads shortly before it is needed.
     next_step = tl.minimum(step + WARPS, steps - 1)
-    next_low = _read_weights(codes, groups, next_step, unit, PTX)
-    next_high = _read_weights(codes_8, groups_8, next_step, unit, PTX)
+    next_low, next_high = _read_weights(codes, groups, next_step, PTX), _read_weights(codes_8, groups_8, next_step, PTX)
     zero = tl.zeros((WARPS * 32,), tl.float32)
     total = (zero, zero, zero, zero)
-    more = (zero, zero, zero, zero)
     for _ in range(steps // WARPS):
         third_step = tl.minimum(next_step + WARPS, steps - 1)
-        third_low = _read_weights(codes, groups, third_step, unit, PTX)
-        third_high = _read_weights(codes_8, groups_8, third_step, unit, PTX)
-        total, more = _multiply_step(
-            total, more, table_ptr, own, low, high, x, x_8, step, unit, EIGHTS, FP16, PTX, PRODUCTS
-        )
+        third_low = _read_weights(codes, groups, third_step, PTX)
+        third_high = _read_weights(codes_8, groups_8, third_step, PTX)
+        total = _multiply_step(total, table_ptr, own, low, high, x, step, FP16, PTX)
         low, high, step = next_low, next_high, next_step
         next_low, next_high, next_step = third_low, third_high, third_step
     if steps % WARPS > 0:
-        last, more_last = _multiply_step(
-            total, more, table_ptr, own, low, high, x, x_8, step, unit, EIGHTS, FP16, PTX, PRODUCTS
-        )
+        last = _multiply_step(total, table_ptr, own, low, high, x, step, FP16, PTX)
         within = thread // 32 < steps % WARPS
         total = (
             tl.where(within, last[0], total[0]), tl.where(within, last[1], total[1]),
             tl.where(within, last[2], total[2]), tl.where(within, last[3], total[3]),
         )  # fmt: skip
-        more = (
-            tl.where(within, more_last[0], more[0]), tl.where(within, more_last[1], more[1]),
-            tl.where(within, more_last[2], more[2]), tl.where(within, more_last[3], more[3]),
-        )  # fmt: skip
     if SPLIT:
         y_ptr += k_slice.to(tl.int64) * rows * outputs
     _store_sums(total, y_ptr, scales_ptr, bias_ptr, first_row, first_output, rows, outputs, BIAS, SPLIT, WARPS)
-    if EIGHTS == 2:
-        _store_sums(more, y_ptr, scales_ptr, bias_ptr, first_row + 8, first_output, rows, outputs, BIAS, SPLIT, WARPS)
 
 
-def linear(x, codes, groups, scales, bias, out, warps, slices, products=True):
+def linear(x, codes, groups, scales, bias, out, warps, slices):
     """y [M, N] of contiguous x [M, K] fp16 or bf16, K a multiple of 128, into `out` if given; see int4.linear.
 
     warps: a power of two, of a program. slices: into how many the columns are cut, each for programs of its own.
     """
     (rows, columns), outputs, device = x.shape, len(codes), x.device
     x = aligned(x)
-    eights = 1 if rows <= 8 else 2
     y = torch.empty((rows, outputs), dtype=x.dtype, device=device) if out is None else out
     steps_in_slice = triton.cdiv(columns // STEP, slices)
     slices = triton.cdiv(columns // STEP, steps_in_slice)
     sums = torch.empty((slices, rows, outputs), dtype=torch.float32, device=device) if slices > 1 else y
     with torch.cuda.device_of(x):
-        _product_kernel[(triton.cdiv(outputs, 16), slices, triton.cdiv(rows, 8 * eights))](
-            x.view(torch.int32), codes.view(torch.int32), groups.view(torch.int16), shapes(device).view(torch.int32),
-            scales, scales if bias is None else bias, sums, rows, outputs, columns, steps_in_slice, 2**16,
+        _product_kernel[(triton.cdiv(outputs, 16), slices, triton.cdiv(rows, 8))](
+            x.view(torch.int32), codes.view(torch.int32), groups.view(torch.uint16), shapes(device).view(torch.int32),
+            scales, scales if bias is None else bias, sums, rows, outputs, columns, steps_in_slice,
             BIAS=bias is not None, SPLIT=slices > 1, FP16=x.dtype == torch.float16, PTX=x.is_cuda,
-            WARPS=warps, EIGHTS=eights, PRODUCTS=products, num_warps=warps, **early(x),
+            WARPS=warps, num_warps=warps, **early(x),
         )  # fmt: skip
         if slices > 1:
             sum_slices(sums, scales, bias, y)

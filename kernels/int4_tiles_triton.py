@@ -3,8 +3,8 @@
 A program computes y^T for a block of outputs over a slice of the columns: [BLOCK_N, slice] weights times [slice, M]
 activations, so that the weights are the operand that may come from registers. Outputs and columns of a step are
 multiplied in the order in which a tensor core takes them from the threads that decoded them, without a detour through
-shared memory; activations and results follow that order. A first small kernel puts x's columns into it, so that the
-product only copies them.
+shared memory; activations and results follow that order. Every program puts its part of x's columns into it, or a small
+kernel before them does, so that they only copy x.
 """
 
 import torch
@@ -19,7 +19,7 @@ from .int4_shapes import shapes
 from .int4_slices_triton import sum_slices
 
 STEP = 128  # columns, 8 groups
-ARRANGED = 512  # pairs of columns a program
+PAIRS = 512  # pairs of columns a program
 STAGES = 3  # of the pipeline of loads: a fourth was no faster on an H100
 
 
@@ -45,10 +45,10 @@ def _side_by_side(pair, FP16: tl.constexpr, PTX: tl.constexpr):
 
 
 @triton.jit
-def _decode(codes, groups, table_ptr, own, unit, FP16: tl.constexpr, PTX: tl.constexpr):
+def _decode(codes, groups, table_ptr, own, FP16: tl.constexpr, PTX: tl.constexpr):
     """Weights [N, 128] of int64 codes [N, 8] and the groups' bytes [N, 8], in the tensor core's order."""
     w0, w1, w2, w3, w4, w5, w6, w7 = decode_group(
-        table_ptr, own, codes.to(tl.int32), (codes >> 32).to(tl.int32), groups, unit, FP16, PTX
+        table_ptr, own, codes.to(tl.int32), (codes >> 32).to(tl.int32), groups, FP16, PTX
     )
     q0 = tl.join(_side_by_side(w0, FP16, PTX), _side_by_side(w4, FP16, PTX))
     q1 = tl.join(_side_by_side(w1, FP16, PTX), _side_by_side(w5, FP16, PTX))
@@ -64,7 +64,7 @@ def _decode(codes, groups, table_ptr, own, unit, FP16: tl.constexpr, PTX: tl.con
 
 @triton.jit
 def _arrange_kernel(x_ptr, arranged_ptr, count, BLOCK: tl.constexpr, EARLY: tl.constexpr):
-    """Pairs (int32) of x's columns in the order of _decode."""
+    """x's columns, in pairs (int32), in the order of _decode."""
     if EARLY:
         gdc_wait()
         gdc_launch_dependents()
@@ -74,16 +74,15 @@ def _arrange_kernel(x_ptr, arranged_ptr, count, BLOCK: tl.constexpr, EARLY: tl.c
     tl.store(arranged_ptr + place, tl.load(x_ptr + place - pair + pair % 4 * 16 + pair // 4, mask=mask), mask=mask)
 
 
-@triton.jit(do_not_specialize=["rows", "steps_in_slice", "unit"])
+@triton.jit(do_not_specialize=["rows", "steps_in_slice"])
 def _product_kernel(
-    x_ptr, codes_ptr, groups_ptr, table_ptr, scales_ptr, bias_ptr, y_ptr, rows, outputs, columns, steps_in_slice, unit,
+    x_ptr, codes_ptr, groups_ptr, table_ptr, scales_ptr, bias_ptr, y_ptr, rows, outputs, columns, steps_in_slice,
     BIAS: tl.constexpr, SPLIT: tl.constexpr, FP16: tl.constexpr, PTX: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, EARLY: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, ARRANGED: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     if EARLY:
         gdc_wait()
         gdc_launch_dependents()
-    unit = unit.to(tl.uint32)
     block_n, k_slice, block_m = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     row = block_m * BLOCK_M + tl.arange(0, BLOCK_M).to(tl.int64)
     steps_in_row = columns // 128
@@ -100,10 +99,12 @@ def _product_kernel(
         codes = tl.load(codes_ptrs + step * 8)
         eight = tl.load(groups_ptrs + step)
         groups = (eight[:, None] >> (tl.arange(0, 8) * 8)[None, :]).to(tl.int32)
-        weights = _decode(codes, groups, table_ptr, own, unit, FP16, PTX)
+        weights = _decode(codes, groups, table_ptr, own, FP16, PTX)
         x = tl.load(x_ptrs + step * 128)
         if not PTX:
             x = x.to(tl.float32)
+        if not ARRANGED:
+            x = x.reshape(BLOCK_M, 4, 16, 2).permute(0, 2, 1, 3).reshape(BLOCK_M, 128)
         total = tl.dot(weights, x.trans(), total)
     place = tl.arange(0, BLOCK_N)  # of the product's rows among the weights'
     place = (place // 8 % 2) * (BLOCK_N // 2) + place // 16 * 8 + place % 8
@@ -119,11 +120,11 @@ def _product_kernel(
     tl.store(y_ptrs, total.to(y_ptr.dtype.element_ty), mask=mask)
 
 
-def linear(x, codes, groups, scales, bias, out, warps, slices, stages=STAGES):
+def linear(x, codes, groups, scales, bias, out, warps, slices, arranged):
     """y [M, N] of contiguous x [M, K] fp16 or bf16, K a multiple of 128, into `out` if given; see int4.linear.
 
     warps: 4 or 8, of a program, each with 16 outputs. slices: into how many the columns are cut, each for programs of
-    its own.
+    its own. arranged: whether a kernel of its own puts x's columns into order.
     """
     (rows, columns), outputs, device = x.shape, len(codes), x.device
     y = torch.empty((rows, outputs), dtype=x.dtype, device=device) if out is None else out
@@ -132,18 +133,23 @@ def linear(x, codes, groups, scales, bias, out, warps, slices, stages=STAGES):
     slices = triton.cdiv(columns // STEP, steps_in_slice)
     sums = torch.empty((slices, rows, outputs), dtype=torch.float32, device=device) if slices > 1 else y
     x = aligned(x)
-    arranged = torch.empty_like(x)
     with torch.cuda.device_of(x):
-        pairs = rows * columns // 2
-        _arrange_kernel[(triton.cdiv(pairs, ARRANGED),)](
-            x.view(torch.int32), arranged.view(torch.int32), pairs, BLOCK=ARRANGED, **early(x)
-        )
+        if arranged:
+            x = _arrange(x)
         _product_kernel[(triton.cdiv(outputs, 16 * warps), slices, triton.cdiv(rows, block_m))](
-            arranged, codes.view(torch.int64), groups.view(torch.int64), shapes(device).view(torch.int32),
-            scales, scales if bias is None else bias, sums, rows, outputs, columns, steps_in_slice, 2**16,
+            x, codes.view(torch.int64), groups.view(torch.int64), shapes(device).view(torch.int32),
+            scales, scales if bias is None else bias, sums, rows, outputs, columns, steps_in_slice,
             BIAS=bias is not None, SPLIT=slices > 1, FP16=x.dtype == torch.float16, PTX=x.is_cuda,
-            BLOCK_N=16 * warps, BLOCK_M=block_m, num_warps=warps, num_stages=stages, **early(x),
+            BLOCK_N=16 * warps, BLOCK_M=block_m, ARRANGED=arranged, num_warps=warps, num_stages=STAGES, **early(x),
         )  # fmt: skip
         if slices > 1:
             sum_slices(sums, scales, bias, y)
     return y
+
+
+def _arrange(x):
+    arranged, pairs = torch.empty_like(x), x.numel() // 2
+    _arrange_kernel[(triton.cdiv(pairs, PAIRS),)](
+        x.view(torch.int32), arranged.view(torch.int32), pairs, BLOCK=PAIRS, **early(x)
+    )
+    return arranged

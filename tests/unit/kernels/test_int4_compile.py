@@ -54,14 +54,15 @@ constants = {"BIAS": True, "SPLIT": False, "PTX": True, **early}
 for dtype in ("bf16", "fp16"):
     kernels["lanes " + dtype] = compiled(
         int4_lanes_triton._product_kernel,
-        ["*i32", "*i32", "*i16", "*i32", "*fp32", "*" + dtype, "*" + dtype, "i32", "i32", "i32", "i32", "i32"],
-        {**constants, "FP16": dtype == "fp16", "WARPS": 4, "EIGHTS": 1, "PRODUCTS": True},
+        ["*i32", "*i32", "*i16", "*i32", "*fp32", "*" + dtype, "*" + dtype, "i32", "i32", "i32", "i32"],
+        {**constants, "FP16": dtype == "fp16", "WARPS": 4},
     )
-    kernels["tiles " + dtype] = compiled(
-        int4_tiles_triton._product_kernel,
-        ["*" + dtype, "*i64", "*i64", "*i32", "*fp32", "*" + dtype, "*" + dtype, "i32", "i32", "i32", "i32", "i32"],
-        {**constants, "FP16": dtype == "fp16", "BLOCK_N": 64, "BLOCK_M": 64},
-    )
+    for name, arranged in {"tiles": True, "arranging tiles": False}.items():
+        kernels[f"{name} {dtype}"] = compiled(
+            int4_tiles_triton._product_kernel,
+            ["*" + dtype, "*i64", "*i64", "*i32", "*fp32", "*" + dtype, "*" + dtype, "i32", "i32", "i32", "i32"],
+            {**constants, "FP16": dtype == "fp16", "BLOCK_N": 64, "BLOCK_M": 64, "ARRANGED": arranged},
+        )
 print(json.dumps(kernels))
 """
 
@@ -94,11 +95,12 @@ def test_lanes_feed_the_tensor_core_themselves(ptx, dtype):
     assert len(products) == 1 + LANES_WEIGHTS // 8 and "st.shared" not in "".join(products[:-1])
 
 
+@pytest.mark.parametrize("name", ["tiles", "arranging tiles"])
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
-def test_tiles_are_decoded_where_the_tensor_core_reads_them(ptx, dtype):
+def test_tiles_are_decoded_where_the_tensor_core_reads_them(ptx, dtype, name):
     """10 permutations for 8 weights and 4 shuffles for 16; not moved, nor loaded from shared memory."""
     capability, kernels = ptx
-    code = kernels[f"tiles {dtype}"]
+    code = kernels[f"{name} {dtype}"]
     permutations = 10 * TILES_WEIGHTS // 8
     assert permutations <= code.count("prmt.b32") < 1.1 * permutations
     assert code.count("shfl.sync.idx") == 4 * TILES_WEIGHTS // 16
@@ -108,7 +110,7 @@ def test_tiles_are_decoded_where_the_tensor_core_reads_them(ptx, dtype):
         assert code.count("wgmma.mma_async") == 8 and "ldmatrix" not in code
 
 
-@pytest.mark.parametrize("kernel", ["lanes bf16", "arrange", "tiles bf16", "sum"])
+@pytest.mark.parametrize("kernel", ["lanes bf16", "arrange", "tiles bf16", "arranging tiles bf16", "sum"])
 def test_waits_before_it_reads(ptx, kernel):
     """On Hopper a kernel starts while the one before it ends; an older GPU does not know the instruction.
 
@@ -120,5 +122,5 @@ def test_waits_before_it_reads(ptx, kernel):
         assert not after
         return
     assert len(after) == 1 and not re.search(r"ld\.global(?!\.nc)|cp\.async|st\.global|st\.shared", before)
-    assert kernels[kernel].count("ld.global.nc") == (kernel in ("lanes bf16", "tiles bf16"))
+    assert kernels[kernel].count("ld.global.nc") == kernel.endswith("bf16")
     assert "griddepcontrol.launch_dependents" in after[0]

@@ -77,10 +77,11 @@ def test_linear_in_lanes(device, size, dtype, warps, slices):
 
 @products
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(("warps", "slices"), [(4, 1), (8, 99)])
-def test_linear_in_tiles(device, size, dtype, warps, slices):
+@pytest.mark.parametrize(("warps", "slices", "arranged"), [(4, 1, True), (8, 99, False)])
+def test_linear_in_tiles(device, size, dtype, warps, slices, arranged):
     slices = min(slices, size[2] // 128)
-    check_product(partial(int4_tiles_triton.linear, warps=warps, slices=slices), device, size, dtype)
+    product = partial(int4_tiles_triton.linear, warps=warps, slices=slices, arranged=arranged)
+    check_product(product, device, size, dtype)
 
 
 @products

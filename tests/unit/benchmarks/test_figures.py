@@ -9,7 +9,7 @@ from zimage_turbo.benchmarks.gate import ONE_EVALUATION
 
 LABELS = {
     "host bf16": "ComfyUI 0.30", "ours bf16": "`bf16`", "ours fp16": "`fp16`", "ours fp8": "`fp8`",
-    "ours int4-fp8": "`int4-fp8`", "diffusers bf16": "diffusers 0.42", "diffusers bf16, torch.compile": "torch.compile",
+    "ours int4": "`int4`", "ours int4-fp8": "`int4-fp8`", "diffusers bf16": "diffusers 0.42", "diffusers bf16, torch.compile": "torch.compile",
 }  # fmt: skip
 CONTESTANTS = {
     "stock nodes": ("ComfyUI 0.30", "--gpu-only"), "stock nodes, --gpu-only": ("`--gpu-only`", ""),
@@ -46,7 +46,8 @@ def test_speed_of_the_server(pack, page):
     report = json.loads((pack / "benchmarks" / "results" / "server_h100.json").read_text(encoding="utf-8"))
     text = (pack / page).read_text(encoding="utf-8")
     lines = [line for line in text.splitlines() if line.startswith("| ") and " s |" in line]
-    assert {entry["name"] for entry in report["contestants"]} == set(CONTESTANTS)
+    named = {entry["name"] for entry in report["contestants"]}
+    assert {"stock nodes", "stock nodes, --gpu-only", "our nodes, int4-fp8"} <= named <= set(CONTESTANTS)
     for entry in report["contestants"]:
         name, other = CONTESTANTS[entry["name"]]
         (line,) = (line for line in lines if name in line and not (other and other in line))
@@ -90,11 +91,10 @@ def test_speed_of_int4_products(pack, page, word):
     results, text = pack / "benchmarks" / "results", " ".join((pack / page).read_text(encoding="utf-8").split())
     ratios = {1: [], 16: [], 64: []}
     for block in (results / "int4_few_rows_h100.txt").read_text(encoding="utf-8").split("\nN=")[1:]:
-        rows, bf16 = re.search(r" M=(\d+) bf16 ([\d.]+)", block).groups()
-        ours = [float(time) for time in re.findall(r"([\d.]+) kernel=(?:lanes|tiles)", block)]
+        rows, bf16, ours = re.search(r" M=(\d+) bf16 ([\d.]+) chosen ([\d.]+)", block).groups()
         if int(rows) in ratios:
-            ratios[int(rows)].append(float(bf16) / min(ours))
-    assert [len(found) for found in ratios.values()] == [7, 7, 7]
+            ratios[int(rows)].append(float(bf16) / float(ours))
+    assert [len(found) for found in ratios.values()] == [8, 8, 8]
     lines = (results / "int4_many_rows_h100.txt").read_text(encoding="utf-8").splitlines()
     many = [float(line.split()[4]) for line in lines if re.match(r" *\d+ +\d+ ", line)]
     assert len(many) == 4

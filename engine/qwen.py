@@ -4,7 +4,8 @@ The same arithmetic as the host's own forward in other groupings, with products 
 host computes all of it in fp32. Layers behind the one whose states are wanted are not run.
 """
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 
 import comfy.model_management as management
 import torch
@@ -16,6 +17,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from ..kernels import norm, swiglu
 from ..kernels.arguments import FLOATS
 from ..kernels.rope_half import qk_norm_rope_half
+from .pool import Prompt
 from .refusal import bypass_refusal, common_refusal
 from .residency import near
 
@@ -73,16 +75,23 @@ def rotation_table(model: Llama2_, tokens: int, device: torch.device) -> torch.T
 
 @sdpa_kernel(ATTENTION)
 def run_layers(
-    layers: Sequence[TransformerBlock], dtype: torch.dtype, x: torch.Tensor, table: torch.Tensor
+    layers: Sequence[TransformerBlock],
+    dtype: torch.dtype,
+    x: torch.Tensor,
+    table: torch.Tensor,
+    prompt: Prompt | None = None,
 ) -> torch.Tensor:
     """x [B, T, D] fp32 through layers: [B, T, D] fp32. table: see `rotation_table`.
 
+    prompt: with B = 1, where the keys and values of tokens before x are kept, and those of x go.
     Each pass over x ends half a layer and begins the next; the first leaves what was given as it is.
     """
     first, stream = layers[0].input_layernorm, None
+    mask = causal_mask(x, prompt.known, dtype) if prompt is not None and prompt.known else None
     y = norm.rms_modulate(x, near(first.weight, x), None, first.eps, dtype=dtype)
-    for layer, after in zip(layers, (*layers[1:], None), strict=True):
-        between, h = layer.post_attention_layernorm, attend(layer.self_attn, y, table)
+    for number, (layer, after) in enumerate(zip(layers, (*layers[1:], None), strict=True)):
+        with_known = None if prompt is None else functools.partial(prompt.with_known, number)
+        between, h = layer.post_attention_layernorm, attend(layer.self_attn, y, table, with_known, mask)
         stream, y = norm.add_rms(x, h, near(between.weight, x), between.eps, x_out=stream)
         h = feed_forward(layer.mlp, y)
         if after is None:
@@ -91,15 +100,34 @@ def run_layers(
         x, y = norm.add_rms(stream, h, near(following.weight, x), following.eps, x_out=stream)
 
 
-def attend(module: Attention, y: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
-    """The attention half of a layer behind its norm: [B, T, D]. A token attends to itself and to those before it."""
+def causal_mask(x: torch.Tensor, known: int, dtype: torch.dtype) -> torch.Tensor:
+    """What is added to the scores of x [B, T, D] behind `known` tokens: [T, known + T], as each row attends to itself
+    and to what is before it."""
+    rows = x.shape[1]
+    return torch.full((rows, known + rows), float("-inf"), dtype=dtype, device=x.device).triu_(known + 1)
+
+
+def attend(
+    module: Attention,
+    y: torch.Tensor,
+    table: torch.Tensor,
+    with_known: Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]] | None = None,
+    mask: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The attention half of a layer behind its norm: [B, T, D]. A token attends to itself and to those before it.
+
+    with_known: puts the keys and values of tokens before y in front of its own; mask: says then who attends to what.
+    """
     q, k, v = (
         linear(y).unflatten(-1, (-1, module.head_dim)) for linear in (module.q_proj, module.k_proj, module.v_proj)
     )
     gains = near(module.q_norm.weight, y), near(module.k_norm.weight, y)
     q, k = qk_norm_rope_half(q, k, *gains, table, module.q_norm.eps)
+    if with_known is not None:
+        k, v = with_known(k, v)
     q, k, v = (heads.transpose(1, 2) for heads in (q, k, v))
-    h = scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=module.num_heads != module.num_kv_heads)
+    grouped = module.num_heads != module.num_kv_heads
+    h = scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=grouped)
     return module.o_proj(h.transpose(1, 2).flatten(2))
 
 

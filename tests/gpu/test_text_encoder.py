@@ -7,7 +7,7 @@ import torch
 from comfy.text_encoders.z_image import Qwen3_4BModel
 from safetensors.torch import save_file
 
-from zimage_turbo.engine import graphs, text, turbo
+from zimage_turbo.engine import encoder, graphs, text, turbo
 from zimage_turbo.tests.comparison import relative_error
 from zimage_turbo.tests.weights import random_text_encoder
 
@@ -58,6 +58,24 @@ def test_within_twice_the_error_of_bf16(clip):
         assert torch.equal(extra["attention_mask"], mask)
         assert 0 < relative_error(theirs, exact) < 0.5
         assert relative_error(ours, exact) <= 2 * relative_error(theirs, exact)
+
+
+def test_pages_within_twice_the_error_of_bf16(clip, monkeypatch):
+    """None are kept on a GPU; where they are asked for, what they give is as exact as the rest."""
+    module, style = clip.cond_stage_model.qwen3_4b, tokens(300)[0]
+    module.forward([style])
+    assert module.pool.pages is None
+    monkeypatch.setattr(encoder, "PAGED", ("cuda",))
+    module.forwards.clear()
+    for tail in (tokens(20)[0], tokens(77)[0]):
+        ids = [style + tail]
+        exact, ours = Qwen3_4BModel.forward(module, ids)[0], module.forward(ids)[0]
+        embeds, mask, counts, _ = module.process_tokens(ids, torch.device("cuda:0"))
+        model = module.transformer.model
+        theirs = model(None, mask, embeds.bfloat16(), counts, module.layer_idx, False)[1].float()
+        assert relative_error(ours, exact) <= 2 * relative_error(theirs, exact)
+    assert module.forwards == {turbo.FAST: 1, encoder.PREFIXED: 1}
+    module.pool.clear()
 
 
 def test_replay_is_what_would_be_computed(clip):

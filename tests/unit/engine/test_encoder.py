@@ -41,6 +41,7 @@ def module(clip):
     inner = clip.cond_stage_model.qwen3_4b
     inner.reset_clip_options()
     inner.forwards.clear()
+    inner.pool.clear()
     return inner
 
 

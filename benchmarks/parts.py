@@ -14,6 +14,7 @@ from pathlib import Path
 from . import plots
 
 SCRIPTS = Path(__file__).resolve().parent
+DRAWING = str(min(8, os.cpu_count() or 1))  # processes that draw the demo: one cannot fill a GPU
 PATIENCE = 30  # seconds to end by itself: server.py has a server to stop
 PLOTTED = ("denoise", "memory_8gib", "memory_6gib", "endurance", "server")
 
@@ -73,6 +74,16 @@ PARTS = (
     ),
     Part("endurance", script("endurance"), 1800, script("endurance", "--count", "25"), needs_weights=True),
     Part("precision", script("precision"), 3600, script("precision", "--count", "40"), needs_gpu=False),
+    Part(
+        "quality_solvers", script("quality", "solvers", "--processes", DRAWING), 3600,
+        script("quality", "solvers", "--processes", DRAWING, "--count", "40", "--nfe", "4", "8"),
+        without_gpu=("--processes", "1", "--count", "4", "--nfe", "8"), needs_gpu=False,
+    ),
+    Part(
+        "quality_tags", script("quality", "tags", "--processes", DRAWING), 3600,
+        script("quality", "tags", "--processes", DRAWING, "--count", "40"),
+        without_gpu=("--processes", "1", "--count", "20"), needs_gpu=False,
+    ),
     Part(
         "png", script("png"), 900, script("png", "--size", "1024", "--batch", "1", "--threads", str(os.cpu_count())),
         needs_gpu=False,

@@ -166,7 +166,7 @@ def _flash_refusal(request):
     if request.lengths:
         return "takes no lengths"
     return _half_precision_refusal(request, 256) or (
-        None if torch.backends.cuda.is_flash_attention_available() else "needs a torch that is built with flash attention"
+        None if torch.backends.cuda.is_flash_attention_available() else "needs a torch with flash attention"
     )
 
 
@@ -174,7 +174,7 @@ def _flash_attn_refusal(request):
     if request.lengths:
         return "takes no lengths"
     return _half_precision_refusal(request, 128) or (
-        None if flash_attn_module(request.capability) else "needs the package flash-attn for this GPU, which is not installed"
+        None if flash_attn_module(request.capability) else "needs the package flash-attn, not installed for this GPU"
     )
 
 

@@ -241,7 +241,7 @@ def triton_refusal(request: Request) -> str | None:
     if request.capability < OLDEST:
         return "needs a GPU of compute capability 7.0 or newer, this one has {}.{}".format(*request.capability)
     if request.quantise and request.capability < (8, 9):
-        return "needs, for FP8, a GPU of compute capability 8.9 or newer, this one has {}.{}".format(*request.capability)
+        return "needs for FP8 a GPU of compute capability 8.9 or newer, this one has {}.{}".format(*request.capability)
     return None
 
 

@@ -9,7 +9,8 @@ from zimage_turbo.benchmarks.gate import ONE_EVALUATION
 
 LABELS = {
     "host bf16": "ComfyUI 0.30", "ours bf16": "`bf16`", "ours fp16": "`fp16`", "ours fp8": "`fp8`",
-    "ours int4": "`int4`", "ours int4-fp8": "`int4-fp8`", "diffusers bf16": "diffusers 0.42", "diffusers bf16, torch.compile": "torch.compile",
+    "ours int4": "`int4`", "ours int4-fp8": "`int4-fp8`", "diffusers bf16": "diffusers 0.42",
+    "diffusers bf16, torch.compile": "torch.compile",
 }  # fmt: skip
 CONTESTANTS = {
     "stock nodes": ("ComfyUI 0.30", "--gpu-only"), "stock nodes, --gpu-only": ("`--gpu-only`", ""),

@@ -233,7 +233,7 @@ def test_fp8_is_measured_only_where_its_error_is_allowed(monkeypatch):
     assert ATTENTION.choose("auto", asked, measure=measure).name == "triton"
     assert ATTENTION.choose("auto", asked, measure=measure, allowed_error=0.1).name == "triton-fp8"
     assert ATTENTION.choose("triton-fp8", asked).name == "triton-fp8"
-    with pytest.raises(ValueError, match=r"triton-fp8: needs, for FP8, a GPU of compute capability 8\.9 .* has 8\.0"):
+    with pytest.raises(ValueError, match=r"triton-fp8: needs for FP8 a GPU of compute capability 8\.9 .* has 8\.0"):
         ATTENTION.choose("triton-fp8", on_gpu(monkeypatch, (8, 0)))
 
 

@@ -3,8 +3,11 @@
 import re
 from collections.abc import Sequence
 
-# 《…》 is a title: on a cover, a poster or a plaque it is what is to be read. ︽, ﹁ and ﹃ are vertical forms.
-PAIRS = {"“": "”", "「": "」", "『": "』", "《": "》", "‘": "’", "〝": "〞", "﹁": "﹂", "﹃": "﹄", "︽": "︾"}
+# 《…》 is a title: on a cover, a poster or a plaque it is what is to be read. ︽, ﹁ and ﹃ are vertical forms, ｢ a
+# half-width one.
+PAIRS = {
+    "“": "”", "「": "」", "『": "』", "《": "》", "‘": "’", "〝": "〞", "﹁": "﹂", "﹃": "﹄", "︽": "︾", "｢": "｣",
+}  # fmt: skip
 STRAIGHT = "\"＂'"
 OUTSIDE = '“"'  # what opens a quotation outside of Chinese
 _CLOSING = {closing: opening for opening, closing in PAIRS.items()}

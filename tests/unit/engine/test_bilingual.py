@@ -33,7 +33,7 @@ TAGS = [
 ]
 SCRAPS = (*TAGS, *TAGS[:2], *"[]zh/／【＜>﹇“”‘’「」『』《》\"'＂1红圆 \u3000\n,，.。a\\(龘é\u200d👩{}")
 scraps = st.lists(st.sampled_from(SCRAPS), max_size=30).map("".join)
-MARKS = "“”‘’「」『』《》〝〞﹁﹂﹃﹄︽︾\"＂'"
+MARKS = "“”‘’「」『』《》〝〞﹁﹂﹃﹄︽︾｢｣\"＂'"
 BRACKETS = "[［【〔〖<＜﹇︻︗︹﹝﹤"
 quotable = st.text(st.characters(blacklist_categories=("Cs", "Cc"), blacklist_characters=MARKS + BRACKETS), max_size=12)
 unmarked = scraps.filter(lambda text: not set(text) & set(MARKS + BRACKETS))
@@ -120,6 +120,7 @@ QUOTED = [
     ("写着“新年快乐”的牌子", '写着"新年快乐"的牌子', ["新年快乐"]),
     ("写着「２０２６，好」", '写着"２０２６，好"', ["２０２６，好"]),
     ("『你好』", '"你好"', ["你好"]),
+    ("｢你好｣", '"你好"', ["你好"]),
     ("一本《红楼梦》", '一本"红楼梦"', ["红楼梦"]),
     ('"Ａ","ｂ"', '"Ａ"，"ｂ"', ["Ａ", "ｂ"]),
     ("'你好', it's", '"你好", it\'s', ["你好"]),

@@ -130,7 +130,7 @@ async def test_weights_of_nan_give_an_error_and_no_picture(comfy, diffusers):
     poison = altered("diffusion_model", "cap_embedder.1.bias", lambda bias: bias * float("nan"))
     replaced(MODEL_FILE, poison)(diffusers / "nan")
     result = await comfy.run(turbo(diffusion_model="diffusers/nan", steps=1))
-    assert result.outputs == {}
+    assert not any("images" in output for output in result.outputs.values())
     assert result.error["node_type"] == "ZImageTurboSampler"
     assert_clear(result.error["exception_message"], ("NaN", "precision"))
 

@@ -35,12 +35,12 @@ def draw(patcher, size: tuple[int, int], seed: int = 1) -> torch.Tensor:
     return sampling.sample(patcher, positive(seed), latent, seed, ode.sigmas())["samples"].cpu()
 
 
-def with_lora(patcher):
-    """A clone with one linear patched."""
+def with_lora(patcher, linear: str = "layers.0.attention.out", outputs: int = 256):
+    """A clone with one linear patched, which takes 256 values."""
     generator = torch.Generator().manual_seed(9)
     lora = {
-        f"diffusion_model.layers.0.attention.out.lora_{part}.weight": torch.randn(shape, generator=generator) * 0.1
-        for part, shape in (("A", (4, 256)), ("B", (256, 4)))
+        f"diffusion_model.{linear}.lora_{part}.weight": torch.randn(shape, generator=generator) * 0.1
+        for part, shape in (("A", (4, 256)), ("B", (outputs, 4)))
     }
     return comfy.sd.load_lora_for_models(patcher, None, lora, 1.0, 0.0)[0]
 

@@ -1,6 +1,5 @@
 """What the fast forward groups and leaves to others on a GPU: modulation of all blocks, scales of FP8 products."""
 
-import comfy.sd
 import comfy.utils
 import pytest
 import torch
@@ -10,6 +9,7 @@ from zimage_turbo.engine.checkpoint import Checkpoint
 from zimage_turbo.engine.model import load_model
 from zimage_turbo.kernels import fp8
 from zimage_turbo.tests.comparison import relative_error
+from zimage_turbo.tests.gpu import latents
 from zimage_turbo.tests.weights import small_transformer
 
 pytestmark = [
@@ -49,12 +49,7 @@ def draw(patcher) -> torch.Tensor:
 
 def with_lora(patcher):
     """A clone with the modulation of one layer patched."""
-    generator = torch.Generator().manual_seed(9)
-    lora = {
-        f"diffusion_model.layers.1.adaLN_modulation.0.lora_{part}.weight": torch.randn(shape, generator=generator) * 0.1
-        for part, shape in (("A", (4, 256)), ("B", (1024, 4)))
-    }
-    return comfy.sd.load_lora_for_models(patcher, None, lora, 1.0, 0.0)[0]
+    return latents.with_lora(patcher, "layers.1.adaLN_modulation.0", 1024)
 
 
 def test_a_lora_of_the_modulation_reaches_captured_graphs(file, products):

@@ -104,6 +104,14 @@ def test_speed_of_int4_products(pack, page, word):
 
 
 @pytest.mark.parametrize("page", ["README.md", "README.zh.md"])
+def test_time_of_prompts_in_pages(pack, page):
+    report = json.loads((pack / "benchmarks" / "results" / "paged_cache_cpu.json").read_text(encoding="utf-8"))
+    saved = {row["what"]: row["time_saved"] for row in report["rows"] if row["gate"]}
+    (line,) = (text for text in (pack / page).read_text(encoding="utf-8").split("\n- ") if "paged_cache_cpu" in text)
+    assert f"{100 * saved['styles']:.0f} %" in line and f"{-100 * saved['unrelated']:.0f} %" in line
+
+
+@pytest.mark.parametrize("page", ["README.md", "README.zh.md"])
 def test_quality_of_the_demo(pack, page):
     sets = json.loads((pack / "benchmarks" / "results" / "drawing.json").read_text(encoding="utf-8"))["sets"]
     text = (pack / page).read_text(encoding="utf-8")

@@ -16,17 +16,23 @@ CONTESTANTS = {
     "stock nodes": ("ComfyUI 0.30", "--gpu-only"), "stock nodes, --gpu-only": ("`--gpu-only`", ""),
     "our nodes, int4-fp8": ("`int4-fp8`", ""), "our nodes, fp8": ("`fp8`", ""),
 }  # fmt: skip
+COLUMNS = {"h100": 2, "h200": 4}  # of a table, counted from the bar that it begins with: 1024, then 512
+
+
+def cell(line: str, gpu: str, size: int) -> str:
+    return line.split("|")[COLUMNS[gpu] + {1024: 0, 512: 1}[size]].strip()
 
 
 @pytest.mark.parametrize("page", ["README.md", "README.zh.md"])
-def test_speed_of_the_denoiser(pack, page):
-    rows = json.loads((pack / "benchmarks" / "results" / "denoise_h100.json").read_text(encoding="utf-8"))["rows"]
+@pytest.mark.parametrize("gpu", COLUMNS)
+def test_speed_of_the_denoiser(pack, page, gpu):
+    rows = json.loads((pack / "benchmarks" / "results" / f"denoise_{gpu}.json").read_text(encoding="utf-8"))["rows"]
     lines = [line for line in (pack / page).read_text(encoding="utf-8").splitlines() if line.startswith("| ")]
     shown = [row for row in rows if row.get("batch", 1) == 1 and row["what"] in LABELS]
     assert {row["what"] for row in shown} >= {"host bf16", "ours bf16", "ours fp8", "ours int4-fp8"}
     for row in shown:
         line = next(line for line in lines if LABELS[row["what"]] in line and " ms |" in line)
-        assert row["gate"] and f"{row['denoise_ms']:,.0f} ms" in line
+        assert row["gate"] and cell(line, gpu, row["size"]) == f"{row['denoise_ms']:,.0f} ms"
         if row["size"] == 1024:
             assert f"{100 * row['error']:.1f} %" in line
 
@@ -42,19 +48,19 @@ def test_quantised_denoisers_are_within_the_bounds_of_today(pack):
 
 
 @pytest.mark.parametrize("page", ["README.md", "README.zh.md"])
-def test_speed_of_the_server(pack, page):
+@pytest.mark.parametrize("gpu", COLUMNS)
+def test_speed_of_the_server(pack, page, gpu):
     """A line holds a contestant's name, and not what tells another one from it."""
-    report = json.loads((pack / "benchmarks" / "results" / "server_h100.json").read_text(encoding="utf-8"))
+    report = json.loads((pack / "benchmarks" / "results" / f"server_{gpu}.json").read_text(encoding="utf-8"))
     text = (pack / page).read_text(encoding="utf-8")
     lines = [line for line in text.splitlines() if line.startswith("| ") and " s |" in line]
-    named = {entry["name"] for entry in report["contestants"]}
-    assert {"stock nodes", "stock nodes, --gpu-only", "our nodes, int4-fp8"} <= named <= set(CONTESTANTS)
+    assert {entry["name"] for entry in report["contestants"]} == set(CONTESTANTS)
     for entry in report["contestants"]:
         name, other = CONTESTANTS[entry["name"]]
         (line,) = (line for line in lines if name in line and not (other and other in line))
         for row in entry["rows"]:
-            assert row["gate"] and f" {row['p50_s']:.2f} s" in line
-        if "second_start" in entry:
+            assert row["gate"] and cell(line, gpu, row["size"]) == f"{row['p50_s']:.2f} s"
+        if "second_start" in entry and gpu == "h100":
             assert f"{entry['first_image_s']:.0f} s" in text
             assert f"{entry['second_start']['first_image_s']:.1f} s" in text
             assert entry["second_start"]["compiled"] == 0
@@ -117,3 +123,64 @@ def test_quality_of_the_demo(pack, page):
     text = (pack / page).read_text(encoding="utf-8")
     for name in sets:
         assert f"{100 * sets[name]['items']['rate']:.1f} %" in text
+
+
+@pytest.mark.parametrize("page", ["README.md", "README.zh.md"])
+def test_quality_of_the_precisions(pack, page):
+    """Of each: a line with the PSNR by attention, and the lowest and highest rate of items that were right."""
+    rows = json.loads((pack / "benchmarks" / "results" / "precision_h100.json").read_text(encoding="utf-8"))["rows"]
+    lines = (pack / page).read_text(encoding="utf-8").splitlines()
+    drawn = [row for row in rows if "scores" in row]
+    assert {row["precision"] for row in drawn} == {"fp32", "bf16", "fp16", "fp8", "int4", "int4-fp8"}
+    for precision in {row["precision"] for row in drawn}:
+        (line,) = (line for line in lines if line.startswith(f"| `{precision}` |"))
+        rates = sorted(row["scores"]["items"]["rate"] for row in drawn if row["precision"] == precision)
+        assert f"{100 * rates[-1]:.1f} %" in line and f" {100 * rates[0]:.1f}" in line
+        for row in drawn:
+            if row["precision"] == precision and row["psnr_db"] is not None:
+                assert f" {row['psnr_db']:.1f} dB |" in line
+    exact = next(row["scores"]["items"]["rate"] for row in drawn if row["precision"] == "fp32")
+    lost = [exact - row["scores"]["items"]["rate"] for row in drawn if row["precision"].startswith("int4")]
+    assert max(lost) <= 0.02
+
+
+@pytest.mark.parametrize("page", ["README.md", "README.zh.md"])
+def test_quality_of_the_solvers(pack, page):
+    report = json.loads((pack / "benchmarks" / "results" / "quality_solvers_h200.json").read_text(encoding="utf-8"))
+    text = (pack / page).read_text(encoding="utf-8")
+    rows = {row["name"]: row for row in report["solvers"] if row["budget"] == 8}
+    for name in set(rows) - {"host euler", "ours adaptive 0.1"}:  # euler is official, as the line of that says
+        error, low, high = (100 * each for each in (rows[name]["error"]["mean"], *rows[name]["error"]["interval"]))
+        said = f"| {error:.2f} [{low:.2f}, {high:.2f}] | {rows[name]['psnr_db']['mean']:.1f} |"
+        assert said in text, name
+    assert rows["host euler"]["error"] == rows["ours official"]["error"]
+    assert report["prompts"] >= 500
+    for budget in (6, 8, 12, 20):
+        beside = [row for row in report["solvers"] if row["budget"] == budget]
+        (ours,) = (row["error"]["mean"] for row in beside if row["name"] == "ours implicit")
+        assert ours < min(row["error"]["mean"] for row in beside if row["by"] == "host")
+    fewer = {row["name"]: f"{100 * row['error']['mean']:.1f} %" for row in report["solvers"] if row["budget"] == 4}
+    assert all(fewer[name] in text for name in ("ours implicit", "host uni_pc as in KSampler", "host res_multistep"))
+    adaptive = rows["ours adaptive 0.05"]
+    assert f"{adaptive['evaluations']:.2f}" in text and f"{100 * adaptive['against_official']['lower']:.0f} %" in text
+    times = report["ms_an_evaluation"].values()
+    assert f"{min(times):.1f} " in text and f"{max(times):.1f} ms" in text
+
+
+@pytest.mark.parametrize("page", ["README.md", "README.zh.md"])
+def test_quality_of_tags(pack, page):
+    report = json.loads((pack / "benchmarks" / "results" / "quality_tags_h200.json").read_text(encoding="utf-8"))
+    text = (pack / page).read_text(encoding="utf-8")
+    assert report["scenes"] >= 500
+    cells = {cell["name"]: cell["scores"] for cell in report["cells"]}
+    pairs = [(name, f"{name}, [zh], one context") for name in cells if f"{name}, [zh], one context" in cells]
+    assert len(pairs) == 11
+    for plain, tagged in pairs:
+        both = [[100 * cells[name][score]["rate"] for score in ("items", "characters", "pictures")]
+                for name in (plain, tagged)]  # fmt: skip
+        if plain in ("Chinese", "English, Chinese sign"):
+            assert all(f"| {items:.1f} % | {characters:.1f} % | {pictures:.1f} % [" in text
+                       for items, characters, pictures in both)  # fmt: skip
+        elif plain != "title marks, half-width commas, radicals":  # a sum of three that have lines of their own
+            said = " | ".join(f"{before:.1f} → {after:.1f} %" for before, after in zip(*both, strict=True))
+            assert f"| {said} |" in text

@@ -1,0 +1,93 @@
+"""How a machine's GPUs are linked, as its driver says: which pairs by NVLink, and at which processor each lies."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import pynvml
+import torch
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """index: CUDA's; numa: the node of processor memory next to it, None where unknown."""
+
+    index: int
+    uuid: str
+    name: str
+    numa: int | None
+
+
+@dataclass(frozen=True)
+class Topology:
+    """GPUs, and the pairs of their indices (lower first) between which NVLink and peer access work."""
+
+    gpus: tuple[Gpu, ...]
+    nvlink: frozenset[tuple[int, int]] = frozenset()
+    peers: frozenset[tuple[int, int]] = frozenset()
+
+    def islands(self) -> tuple[tuple[int, ...], ...]:
+        """Indices that NVLink joins, each island sorted, the largest first; a GPU without links is one by itself.
+
+        Within an island every pair has links of its own or through a switch: a GPU joins the first island in which it
+        is linked to all.
+        """
+        found: list[list[int]] = []
+        for gpu in self.gpus:
+            for island in found:
+                if all((other, gpu.index) in self.nvlink for other in island):
+                    island.append(gpu.index)
+                    break
+            else:
+                found.append([gpu.index])
+        return tuple(sorted(map(tuple, found), key=lambda island: (-len(island), island)))
+
+    def described(self) -> str:
+        """For the log, e.g. '8 GPUs: 0 to 7 by NVLink'."""
+        many = [island for island in self.islands() if len(island) > 1]
+        count = f"{len(self.gpus)} GPU{'' if len(self.gpus) == 1 else 's'}"
+        if not many:
+            linked = "; peer access by PCIe" if self.peers else ""
+            return f"{count} without NVLink{linked}" if len(self.gpus) > 1 else count
+        return f"{count}: " + ", ".join(f"{' '.join(map(str, island))} by NVLink" for island in many)
+
+
+def read() -> Topology:
+    """Of the GPUs that CUDA shows to this process, in its order. Raises pynvml.NVMLError."""
+    count = torch.cuda.device_count()
+    return described_by_driver([f"GPU-{torch.cuda.get_device_properties(index).uuid}" for index in range(count)])
+
+
+def described_by_driver(uuids: Sequence[str]) -> Topology:
+    """Of the GPUs with these ids, which the driver may number otherwise than CUDA. Raises pynvml.NVMLError."""
+    if not uuids:
+        return Topology(())
+    pynvml.nvmlInit()
+    try:
+        handles = dict(enumerate(map(pynvml.nvmlDeviceGetHandleByUUID, uuids)))
+        pairs = [(low, high) for low in handles for high in handles if low < high]
+        return Topology(
+            tuple(_gpu(index, handle) for index, handle in handles.items()),
+            frozenset(pair for pair in pairs if _joined(handles, pair, pynvml.NVML_P2P_CAPS_INDEX_NVLINK)),
+            frozenset(pair for pair in pairs if _joined(handles, pair, pynvml.NVML_P2P_CAPS_INDEX_READ)),
+        )
+    finally:
+        pynvml.nvmlShutdown()
+
+
+def _gpu(index: int, handle) -> Gpu:
+    return Gpu(index, pynvml.nvmlDeviceGetUUID(handle), pynvml.nvmlDeviceGetName(handle), _numa(handle))
+
+
+def _numa(handle) -> int | None:
+    try:
+        return pynvml.nvmlDeviceGetNumaNodeId(handle)
+    except pynvml.NVMLError:  # drivers before 535, machines with one node, virtual machines
+        return None
+
+
+def _joined(handles: dict, pair: tuple[int, int], capability: int) -> bool:
+    one, other = (handles[index] for index in pair)
+    try:
+        return pynvml.nvmlDeviceGetP2PStatus(one, other, capability) == pynvml.NVML_P2P_STATUS_OK
+    except pynvml.NVMLError:  # what the driver cannot say is no link that a plan may lean on
+        return False

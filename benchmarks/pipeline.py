@@ -21,7 +21,7 @@ class Pipeline:
     def encode(self, text: str) -> list:
         from zimage_turbo.nodes.text_encoder import ZImageTurboTextEncode
 
-        return ZImageTurboTextEncode.execute(self.clip, text)[0][0]
+        return ZImageTurboTextEncode.execute(self.clip, text)[0]
 
     def sample(self, positive: list, seed: int, width: int, height: int) -> dict:
         from zimage_turbo.nodes.sampler import ZImageTurboSampler

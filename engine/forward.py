@@ -10,6 +10,7 @@ In FP8 that last product leaves its scales, of rows and columns, to that norm, w
 """
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -18,14 +19,14 @@ from comfy.ldm.lumina.model import FeedForward, JointAttention, JointTransformer
 
 from ..kernels import attention, norm, rope, swiglu
 from ..kernels.arguments import FLOATS
-from . import expansion, layouts
+from . import expansion, layouts, prompt_batch
 from .expansion import Expanded
 from .modulation import Modulation, modulations
 from .refusal import bypass_refusal, common_refusal
 from .residency import near, replaced
 
 BYPASSED = (JointTransformerBlock, JointAttention, FeedForward, torch.nn.RMSNorm)
-KNOWN_ARGUMENTS = {"control", "clip_text_pooled"}  # pooled text: Z-Image has no use for it
+KNOWN_ARGUMENTS = {"control", "clip_text_pooled", prompt_batch.LENGTHS}  # pooled text: Z-Image has no use for it
 FOREIGN_OPTIONS = ("patches", "patches_replace", "rope_options", "optimized_attention_override")
 QK_EPS = torch.finfo(torch.float32).eps  # what the host takes where a norm names none
 FP16_FACTOR = 2.0**-7
@@ -92,9 +93,16 @@ class Compute:
         return FP16_FACTOR if self.dtype == torch.float16 else 1.0
 
 
-def refine_caption(module: NextDiT, context: torch.Tensor, compute: Compute) -> torch.Tensor:
-    """The part that knows neither picture nor noise level: [B, T, C] → [B, T padded to 32, D] of the residual type."""
+def refine_caption(
+    module: NextDiT, context: torch.Tensor, compute: Compute, lengths: Sequence[int] = ()
+) -> torch.Tensor:
+    """The part that knows neither picture nor noise level: [B, T, C] → [B, T padded to 32, D] of the residual type.
+
+    lengths: where the padding of each row begins, if not at T; T padded to 32 is what each of them is padded to.
+    """
     (caption,), (rotation,), _ = module.embed_cap(context, device=context.device, dtype=context.dtype)
+    for row, length in zip(caption, lengths, strict=bool(lengths)):
+        row[length:] = module.cap_pad_token.to(row)
     blocks = module.context_refiner
     return run_blocks(blocks, caption, modulations(blocks, None), rope.angles(rotation)[0], compute)
 

@@ -9,8 +9,9 @@ import comfy.utils
 import latent_preview
 import torch
 
-from . import ode, progress
+from . import ode, progress, prompt_batch
 from .model import LATENT_SCALE, NATIVE_SIZE
+from .turbo import TurboNextDiT
 
 SIZE_STEP = 16
 
@@ -58,6 +59,36 @@ def empty_latent(model, width: int, height: int, batch_size: int) -> dict:
     return {"samples": torch.zeros(shape, device=model.load_device)}
 
 
+def starting_point(
+    model, positive: list, width: int, height: int, batch_size: int, latent_image: dict | None = None
+) -> tuple[list, dict]:
+    """positive and the LATENT that its prompts start from: so many empty ones for each, one prompt's behind another's.
+
+    A latent_image is taken in their place: with a row for each prompt, or with one, which each starts from, with noise
+    of its own. Raises ValueError for another number of rows, and for sizes as `empty_latent` does.
+    """
+    prompts = prompt_batch.count(positive)
+    if latent_image is None:
+        latent = empty_latent(model, width, height, prompts * batch_size)
+        return prompt_batch.repeated(positive, batch_size), latent
+    given = 1 if prompts == 1 else len(latent_image["samples"])
+    if given not in (1, prompts):
+        raise ValueError(
+            f"latent_image has a batch of {given}, but positive holds {prompts} prompts. Give it a batch of "
+            f"{prompts}, a picture for each prompt, or of 1, which all of them start from."
+        )
+    return positive, latent_image if given == prompts else _repeated(latent_image, prompts)
+
+
+def _repeated(latent: dict, times: int) -> dict:
+    """A LATENT of one row so many times; noise is counted on from where the row stood in its batch."""
+    repeated = latent | {"samples": latent["samples"].repeat(times, 1, 1, 1)}
+    if "batch_index" in latent:
+        (first,) = latent["batch_index"]
+        repeated["batch_index"] = list(range(first, first + times))
+    return repeated
+
+
 def sample(model, positive: list, latent: dict, seed: int, levels: torch.Tensor, **solving) -> dict:
     """The latent of `sample_and_report`."""
     return sample_and_report(model, positive, latent, seed, levels, **solving)[0]
@@ -89,6 +120,8 @@ def sample_and_report(
     outcome = comfy.model_management.intermediate_device()
     if len(levels) < 2:
         return kept | {"samples": start.to(outcome)}, ode.Report(solver, 0, tolerance, 0, (), ())
+    if isinstance(model.model.diffusion_model, TurboNextDiT):
+        positive = [[states, prompt_batch.unhooked(extra)] for states, extra in positive]
     guider = comfy.samplers.CFGGuider(model)
     guider.inner_set_conds({"positive": positive})
     guider.set_cfg(1.0)

@@ -14,7 +14,7 @@ from comfy.ldm.lumina.model import NextDiT
 from comfy.model_base import BaseModel
 from comfy.patcher_extension import WrappersMP
 
-from . import forward, layouts
+from . import forward, layouts, prompt_batch, rows
 from .graphs import Graphs
 from .measured import attention_backend
 from .recent import Recent
@@ -23,13 +23,15 @@ from .residency import resident_weights
 from .shortage import spares_a_graph, with_room
 
 FAST, REPLAYED = "fast", "fast, CUDA graph"
-MAX_GRAPHS, MAX_CAPTIONS, MAX_TABLES = 8, 4, 8
+MAX_GRAPHS, MAX_CAPTIONS = 8, 4
+MAX_TABLES = 16  # prompts of up to 512 tokens, as long as the model was trained on, have so many padded lengths
 ROWS_WHEN_SHORT = 2048  # of a feed-forward at once: 126 MB in 16 bit
 FP8_ERROR = 0.06  # of attention where products round to FP8 as well: each errs by 0.04 to 0.05
 
 
 class TurboNextDiT(NextDiT):
-    """`forwards` counts evaluations by the path that ran: FAST, REPLAYED, or why it was the host's.
+    """`forwards` counts runs by the path taken: FAST, REPLAYED, or why it was the host's. An evaluation is one run, of
+    prompts of several padded lengths one for each.
 
     `attention` names a backend of `kernels.attention`, `base` refers to the host's model around this module.
     """
@@ -48,28 +50,57 @@ class TurboNextDiT(NextDiT):
         reason = forward.refusal(self, context, options, arguments)
         if reason:
             self.forwards[reason] += 1
-            return super()._forward(
-                x, timesteps, context, num_tokens, attention_mask, transformer_options=options, **arguments
-            )
+            given = (x, timesteps, context, num_tokens, attention_mask)
+            return prompt_batch.each_length(super()._forward, *given, transformer_options=options, **arguments)
         height, width = x.shape[-2:]
         x = comfy.ldm.common_dit.pad_to_patch_size(x, (self.patch_size, self.patch_size))
-        return self._fast(x, timesteps, self._caption(context, options))[..., :height, :width]
+        lengths = arguments.get(prompt_batch.LENGTHS)
+        groups = self._groups(context, lengths) if lengths else [tuple(range(len(x)))]
+        captions = self._captions(context, lengths, groups, options)
+        weights = resident_weights([self], x.device)
+        if weights is None:
+            self.graphs.clear()
+        parts = []
+        for numbers, caption in zip(groups, captions, strict=True):
+            # More groups than graphs would push each other's graph out at every evaluation.
+            state = weights if len(parts) < MAX_GRAPHS else None
+            parts.append(self._fast(rows.take(x, numbers), rows.take(timesteps, numbers), caption, state))
+        return rows.restored(parts, groups)[..., :height, :width]
 
-    def _caption(self, context: torch.Tensor, options: dict) -> torch.Tensor:
-        """The refined caption, computed once a prompt: each run of a sampler gives its prompts new uuids.
+    def _groups(self, context: torch.Tensor, lengths: tuple[int, ...]) -> list[rows.Numbers]:
+        """Rows of one padded length, which run together. Raises ValueError if these are not the lengths of context."""
+        prompt_batch.check(lengths, context)
+        return rows.alike([-(-length // self.pad_tokens_multiple) for length in lengths])
 
-        Wrappers may change the text from step to step, and LoRA hooks the weights: then it is computed anew.
+    def _captions(
+        self, context: torch.Tensor, lengths: tuple[int, ...] | None, groups: list[rows.Numbers], options: dict
+    ) -> list[torch.Tensor]:
+        """The refined captions of each group, computed once a prompt: each run of a sampler gives prompts new uuids.
+
+        Wrappers may change the text from step to step, and LoRA hooks the weights: then they are computed anew.
         """
-        refine = functools.partial(
-            forward.refine_caption, self, context, forward.Compute(context.dtype, self.attention)
-        )
-        refine = refine if self.forwards[FAST] else rehearsed(refine, context.device)
+        refine = functools.partial(self._refined, context, lengths, groups)
         uuids = tuple(options.get("uuids") or ())
         patcher = getattr(self.base(), "current_patcher", None)
         wrappers = options.get("wrappers") or {}
         wrapped = any(each for kind, each in wrappers.items() if kind != WrappersMP.PREPARE_SAMPLING)
         changing = wrapped or getattr(patcher, "current_hooks", None)
-        return self.captions.get((uuids, context.shape, context.dtype), refine) if uuids and not changing else refine()
+        key = (uuids, context.shape, context.dtype, lengths)
+        return self.captions.get(key, refine) if uuids and not changing else refine()
+
+    def _refined(
+        self, context: torch.Tensor, lengths: tuple[int, ...] | None, groups: list[rows.Numbers]
+    ) -> list[torch.Tensor]:
+        refine = functools.partial(forward.refine_caption, self)
+        refine = refine if self.forwards[FAST] else rehearsed(refine, context.device)
+        compute = forward.Compute(context.dtype, self.attention)
+        if lengths is None:
+            return [refine(context, compute)]
+        refined = []
+        for numbers in groups:
+            own = [lengths[number] for number in numbers]
+            refined.append(refine(rows.take(context, numbers)[:, : max(own)], compute, own))
+        return refined
 
     def compute(self, x: torch.Tensor) -> forward.Compute:
         """How a latent of x's type is computed where x lies."""
@@ -79,16 +110,16 @@ class TurboNextDiT(NextDiT):
             x.dtype, attention_backend(self.attention, x.device, x.dtype, block.n_local_heads, block.head_dim, allowed)
         )
 
-    def _fast(self, x: torch.Tensor, timesteps: torch.Tensor, caption: torch.Tensor) -> torch.Tensor:
+    def _fast(
+        self, x: torch.Tensor, timesteps: torch.Tensor, caption: torch.Tensor, weights: tuple | None
+    ) -> torch.Tensor:
+        """weights: where they lie, if a graph may rely on it."""
         size = (caption.shape[1], x.shape[2] // self.patch_size, x.shape[3] // self.patch_size, x.device)
         table = self.tables.get(size, lambda: forward.rotation_table(self, *size))
         inputs = [x, timesteps, comfy.utils.repeat_to_batch_size(caption, len(x)), table]
         compute = self.compute(x)
         denoise = functools.partial(forward.denoise, self, compute)
-        weights = resident_weights([self], x.device)
-        if weights is None:
-            self.graphs.clear()
-        else:
+        if weights is not None:
             management.throw_exception_if_processing_interrupted()  # a replay asks no layer
             result = self.graphs.run(denoise, inputs, (compute, weights))
             if result is not None:

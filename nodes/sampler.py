@@ -22,7 +22,9 @@ class ZImageTurboSampler(io.ComfyNode):
             inputs=[
                 io.Model.Input("model", tooltip="A Z-Image-Turbo model, from our loader or a stock one."),
                 io.Conditioning.Input(
-                    "positive", tooltip="The encoded prompt. A negative prompt has no effect without guidance."
+                    "positive",
+                    tooltip="The encoded prompt, or several of them, which are drawn in one batch. A negative prompt "
+                    "has no effect without guidance.",
                 ),
                 io.Int.Input(
                     "seed",
@@ -64,12 +66,13 @@ class ZImageTurboSampler(io.ComfyNode):
                     default=1,
                     min=1,
                     max=64,
-                    tooltip="Pictures drawn at once, each from noise of its own. Not used with a latent_image.",
+                    tooltip="Pictures of each prompt, each from noise of its own. Not used with a latent_image.",
                 ),
                 io.Latent.Input(
                     "latent_image",
                     optional=True,
-                    tooltip="An encoded picture to start from (image to image), or an empty latent.",
+                    tooltip="An encoded picture to start from (image to image), or an empty latent. For several "
+                    "prompts a batch of as many, or of one.",
                 ),
                 *solvers.inputs(),
             ],
@@ -91,7 +94,7 @@ class ZImageTurboSampler(io.ComfyNode):
             raise ValueError(
                 f"denoise is {denoise}, but there is no latent_image to keep. Connect one, or set denoise to 1."
             )
-        latent = latent_image or sampling.empty_latent(model, width, height, batch_size)
+        positive, latent = sampling.starting_point(model, positive, width, height, batch_size, latent_image)
         levels = ode.sigmas(steps, denoise)
         latent, report = sampling.sample_and_report(model, positive, latent, seed, levels, **solving)
         return io.NodeOutput(latent, json.dumps(report.as_dict()), ui=ui.PreviewText(str(report)))

@@ -2,7 +2,7 @@
 
 from comfy_api.latest import io, ui
 
-from ..engine import progress, prompts
+from ..engine import progress, prompt_batch, prompts
 
 
 class ZImageTurboTextEncode(io.ComfyNode):
@@ -28,7 +28,7 @@ class ZImageTurboTextEncode(io.ComfyNode):
                     "one_per_line",
                     default=False,
                     optional=True,
-                    tooltip="Every line is a prompt of its own: what follows runs once for each of them.",
+                    tooltip="Every line is a prompt of its own. All are drawn in one batch, a picture for each.",
                 ),
                 io.Combo.Input(
                     "spans",
@@ -52,8 +52,7 @@ class ZImageTurboTextEncode(io.ComfyNode):
             ],
             outputs=[
                 io.Conditioning.Output(
-                    is_output_list=True,
-                    tooltip="The encoded prompt without padding, for any sampler; one for each line.",
+                    tooltip="The encoded prompt without padding, for any sampler; of several lines a row for each.",
                 )
             ],
         )
@@ -64,4 +63,4 @@ class ZImageTurboTextEncode(io.ComfyNode):
         encoded, reports = zip(*(prompts.encode(clip, each, spans, zh_weight) for each in given), strict=True)
         shown = "\n\n".join(map(str, reports))
         progress.show(shown)
-        return io.NodeOutput(list(encoded), ui=ui.PreviewText(shown))
+        return io.NodeOutput(prompt_batch.gathered(encoded), ui=ui.PreviewText(shown))

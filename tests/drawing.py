@@ -18,7 +18,7 @@ def node_draw(
     def draw(prompts, seeds, sizes):
         pictures = []
         for prompt, seed, (width, height) in zip(prompts, seeds, sizes, strict=True):
-            positive = ZImageTurboTextEncode.execute(clip, prompt)[0][0]
+            positive = ZImageTurboTextEncode.execute(clip, prompt)[0]
             latent = ZImageTurboSampler.execute(model, positive, seed, 8, 1.0, width, height, 1)[0]
             pictures.append(vae.decode(latent["samples"])[0].float().cpu())
         return pictures

@@ -6,6 +6,7 @@ import re
 import pytest
 
 from zimage_turbo.benchmarks.gate import ONE_EVALUATION
+from zimage_turbo.engine import ode, prompts
 
 LABELS = {
     "host bf16": "ComfyUI 0.30", "ours bf16": "`bf16`", "ours fp16": "`fp16`", "ours fp8": "`fp8`",
@@ -184,3 +185,28 @@ def test_quality_of_tags(pack, page):
         elif plain != "title marks, half-width commas, radicals":  # a sum of three that have lines of their own
             said = " | ".join(f"{before:.1f} → {after:.1f} %" for before, after in zip(*both, strict=True))
             assert f"| {said} |" in text
+
+
+@pytest.mark.parametrize("page", ["ZImageTurboSampler.md", "ZImageTurboSampler/zh.md"])
+def test_solvers_in_the_help_pages(pack, page):
+    report = json.loads((pack / "benchmarks" / "results" / "quality_solvers_h200.json").read_text(encoding="utf-8"))
+    text = (pack / "web" / "docs" / page).read_text(encoding="utf-8")
+    eight, four = ({row["name"]: row for row in report["solvers"] if row["budget"] == budget} for budget in (8, 4))
+    best = min((row for row in eight.values() if row["by"] == "host"), key=lambda row: row["error"]["mean"])
+    shown = [best, *(eight[f"ours {solver}"] for solver in ("official", "implicit", "adaptive 0.05"))]
+    shown += [four[name] for name in ("host uni_pc as in KSampler", "ours implicit")]
+    assert all(f"{100 * row['error']['mean']:.1f} %" in text for row in shown)
+    assert f"{eight['ours adaptive 0.05']['evaluations']:.2f}" in text and ode.TOLERANCE == 0.05
+    assert min(four.values(), key=lambda row: row["error"]["mean"])["name"] == "host uni_pc as in KSampler"
+
+
+@pytest.mark.parametrize("page", ["ZImageTurboTextEncode.md", "ZImageTurboTextEncode/zh.md"])
+def test_segments_in_the_help_pages(pack, page):
+    report = json.loads((pack / "benchmarks" / "results" / "quality_tags_h200.json").read_text(encoding="utf-8"))
+    text = (pack / "web" / "docs" / page).read_text(encoding="utf-8")
+    cells = {cell["name"]: cell["scores"] for cell in report["cells"]}
+    both = [cells[f"English, Chinese sign, [zh], {spans}"] for spans in prompts.SPANS]
+    for score in ("pictures", "characters"):
+        assert all(f"{100 * scores[score]['rate']:.1f} %" in text for scores in both)
+        one, own = (scores[score]["interval"] for scores in both)
+        assert one[0] < own[1] and own[0] < one[1]  # intervals that overlap: no difference beyond chance was found

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import nodes
-from zimage_turbo.engine import catalogue, formats, loading, model, ode, sampling, text, turbo
+from zimage_turbo.engine import catalogue, formats, loading, model, ode, prompt_batch, sampling, text, turbo
 from zimage_turbo.engine.checkpoint import Checkpoint, CheckpointError
 from zimage_turbo.tests.comparison import relative_error, stock_sample
 from zimage_turbo.tests.weights import full_size_text_encoder, full_size_transformer, small_transformer
@@ -48,6 +48,18 @@ def test_demo(demo, width, height, batch):
     ours = sampling.sample(patcher, positive, latent, 7, ode.sigmas())["samples"]
     theirs = stock_sample(stock_demo(), positive, latent, 7)
     assert relative_error(ours, theirs) <= FP32_ROUNDING
+
+
+def test_prompts_of_several_lengths(demo):
+    """By a hook the host's model, too, draws each row as if it were alone; its own way would attend to the zeros."""
+    patcher, clip, _ = demo
+    lines = ("a blue star", "a large red circle at the top left, a small green square below it, on a wide yellow wall")
+    positive = prompt_batch.gathered([text.encode(clip, line) for line in lines])
+    latent = sampling.empty_latent(patcher, 208, 272, 2)
+    ours = sampling.sample(patcher, positive, latent, 7, ode.sigmas())["samples"]
+    assert relative_error(ours, stock_sample(stock_demo(), positive, latent, 7)) <= FP32_ROUNDING
+    unhooked = [[states, prompt_batch.unhooked(extra)] for states, extra in positive]
+    assert relative_error(ours, stock_sample(stock_demo(), unhooked, latent, 7)) > 0.01
 
 
 def test_stock_samplers_take_our_model_and_ours_takes_a_stock_one(demo):

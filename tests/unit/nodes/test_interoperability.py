@@ -29,7 +29,7 @@ ROUNDING = 2e-5  # fp32, another order of summation in every layer of eight step
 @pytest.fixture(scope="module")
 def positive(demo):
     with torch.inference_mode():
-        return ZImageTurboTextEncode.execute(demo[1], PROMPT)[0][0]
+        return ZImageTurboTextEncode.execute(demo[1], PROMPT)[0]
 
 
 def draw(patcher, positive, seed=5, **changes):

@@ -3,6 +3,7 @@
 import json
 
 import comfy.model_management
+import comfy.samplers
 import comfy.utils
 import comfy_extras.nodes_custom_sampler as custom
 import latent_preview
@@ -11,7 +12,7 @@ import torch
 from comfy.cli_args import args
 
 import nodes
-from zimage_turbo.engine import ode, progress, sampling, text
+from zimage_turbo.engine import ode, progress, prompt_batch, prompts, sampling, text
 from zimage_turbo.nodes.sampler import ZImageTurboSampler
 from zimage_turbo.nodes.sigmas import ZImageTurboSigmas
 from zimage_turbo.tests.comparison import relative_error
@@ -145,6 +146,64 @@ def test_a_batch_keeps_its_shape_and_its_rows_the_same_level(evaluations, positi
     assert samples.shape == (3, 16, 8, 8)
     assert len(seen) == report["nfe"] <= 6
     assert all(len(row) == 3 and len(set(row)) == 1 for row in seen)
+
+
+LINES = ("a red circle", "two large purple hearts on a small sign, mint background, and whatever fits beside them")
+
+
+@pytest.fixture
+def several(demo):
+    return prompt_batch.gathered([prompts.encode(demo[1], line)[0] for line in LINES])
+
+
+@each_solver
+def test_pictures_of_a_prompt_stand_side_by_side(evaluations, demo, several, solver):
+    """Each from the noise of its place, as the host draws a part of a batch; all take the same steps."""
+    patcher, seen = evaluations
+    samples, report, _ = draw(patcher, several, solver=solver, batch_size=2, tolerance=0.0)
+    assert len(seen) == report["nfe"] and samples.shape == (4, 16, 8, 8)
+    for number, row in enumerate(samples):
+        latent = {"samples": torch.zeros(1, 16, 8, 8), "batch_index": [number]}
+        (one,), _, _ = draw(
+            patcher, text.encode(demo[1], LINES[number // 2]), latent_image=latent, solver=solver, tolerance=0.0
+        )
+        assert relative_error(row, one) < 1e-5
+
+
+def test_every_prompt_starts_from_a_picture(demo, several):
+    """One for all, or one for each; each with noise of its own."""
+    pictures = torch.randn(2, 16, 8, 8)
+    each = draw(demo[0], several, denoise=0.5, latent_image={"samples": pictures})[0]
+    same = draw(demo[0], several, denoise=0.5, latent_image={"samples": pictures[:1]})[0]
+    assert torch.equal(same, draw(demo[0], several, denoise=0.5, latent_image={"samples": pictures[[0, 0]]})[0])
+    assert torch.equal(each[0], same[0]) and not torch.equal(each[1], same[1])
+    later = {"samples": pictures[:1], "batch_index": [4]}
+    expected = {"samples": pictures[[0, 0]], "batch_index": [4, 5]}
+    assert torch.equal(*(draw(demo[0], several, denoise=0.5, latent_image=latent)[0] for latent in (later, expected)))
+
+
+@pytest.mark.parametrize("given", [3, 4])
+def test_pictures_that_are_not_as_many_as_the_prompts(demo, several, given):
+    with pytest.raises(
+        ValueError, match=rf"latent_image has a batch of {given}, but positive holds 2 prompts.* of 2, "
+    ):
+        draw(demo[0], several, latent_image={"samples": torch.randn(given, 16, 8, 8)})
+
+
+def test_our_sampler_takes_the_hook_off_our_model_alone(demo, several, monkeypatch):
+    """With any hook the host reloads a model that has dynamic VRAM."""
+    hooked = []
+    set_conds = comfy.samplers.CFGGuider.inner_set_conds
+    monkeypatch.setattr(
+        comfy.samplers.CFGGuider,
+        "inner_set_conds",
+        lambda self, conds: hooked.append("hooks" in conds["positive"][0][1]) or set_conds(self, conds),
+    )
+    draw(demo[0], several, steps=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(sampling, "TurboNextDiT", type(None))
+        draw(demo[0], several, steps=1)
+    assert hooked == [False, True]
 
 
 def test_denoise_zero_evaluates_nothing(evaluations, positive):

@@ -27,6 +27,23 @@ def with_room(
     return (frugal or function)(*inputs)
 
 
+def by_halves(function: Callable[..., torch.Tensor], *batches: torch.Tensor) -> torch.Tensor:
+    """function(*batches), of tensors [B, …]; if memory runs out, of half of the rows at a time, and so down to one.
+
+    `function` treats every row for itself and leaves its inputs as they are.
+    """
+    rows = len(batches[0])
+    try:
+        return function(*batches)
+    except torch.cuda.OutOfMemoryError:
+        if rows == 1:
+            raise
+    logging.warning("Z-Image-Turbo: GPU memory ran out; a batch of %d is computed in two parts.", rows)
+    torch.cuda.empty_cache()
+    halves = zip(*(batch.tensor_split(2) for batch in batches), strict=True)
+    return torch.cat([by_halves(function, *half) for half in halves])
+
+
 def spares_a_graph(device: torch.device) -> bool:
     """Whether a GPU has memory beside what a CUDA graph reserves, which is then missing to everyone else."""
     return management.get_free_memory(device) - management.extra_reserved_memory() >= SPARE

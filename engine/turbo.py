@@ -20,7 +20,7 @@ from .measured import attention_backend
 from .recent import Recent
 from .rehearsal import rehearsed
 from .residency import resident_weights
-from .shortage import spares_a_graph, with_room
+from .shortage import by_halves, spares_a_graph, with_room
 
 FAST, REPLAYED = "fast", "fast, CUDA graph"
 MAX_GRAPHS, MAX_CAPTIONS = 8, 4
@@ -125,10 +125,14 @@ class TurboNextDiT(NextDiT):
             if result is not None:
                 self.forwards[REPLAYED] += 1
                 return result
-        frugal = functools.partial(forward.denoise, self, dataclasses.replace(compute, rows=ROWS_WHEN_SHORT))
         denoise = denoise if self.forwards[FAST] else rehearsed(denoise, x.device)
         self.forwards[FAST] += 1
-        return with_room(denoise, *inputs, frugal=frugal)
+        return with_room(denoise, *inputs, frugal=functools.partial(self._frugal, compute))
+
+    def _frugal(self, compute: forward.Compute, *inputs: torch.Tensor) -> torch.Tensor:
+        *batches, table = inputs
+        frugal = functools.partial(forward.denoise, self, dataclasses.replace(compute, rows=ROWS_WHEN_SHORT))
+        return by_halves(lambda *some: frugal(*some, table), *batches)
 
 
 def free_memory(patcher, unpatch_all: bool) -> None:

@@ -8,7 +8,7 @@ import torch
 
 from zimage_turbo.engine import forward, turbo
 from zimage_turbo.engine.model import load_model
-from zimage_turbo.engine.shortage import spares_a_graph, with_room
+from zimage_turbo.engine.shortage import by_halves, spares_a_graph, with_room
 from zimage_turbo.tests.comparison import relative_error
 from zimage_turbo.tests.weights import small_transformer
 
@@ -94,6 +94,49 @@ def test_a_short_evaluation_computes_the_feed_forward_in_small_runs(patcher, mon
     monkeypatch.setattr(turbo, "ROWS_WHEN_SHORT", 32)
     assert relative_error(module._forward(*request), whole) < 2e-6
     assert max(rows) <= 32 < sum(rows)
+
+
+class Room:
+    """Adds one to rows where no more than so many come at once; notes how many came."""
+
+    def __init__(self, most: int):
+        self.most, self.seen = most, []
+
+    def __call__(self, x, y):
+        self.seen.append(len(x))
+        if len(x) > self.most:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 GiB.")
+        return x + y
+
+
+@pytest.mark.parametrize(("most", "seen"), [(7, [7]), (4, [7, 4, 3]), (2, [7, 4, 2, 2, 3, 2, 1])])
+def test_a_batch_that_does_not_fit_is_computed_in_parts(most, seen, caplog):
+    x, room = torch.randn(7, 3), Room(most)
+    assert torch.equal(by_halves(room, x, -x), torch.zeros(7, 3))
+    assert room.seen == seen and caplog.text.count("in two parts") == sum(count > most for count in seen)
+
+
+def test_one_row_that_does_not_fit_is_an_error():
+    room = Room(0)
+    with pytest.raises(torch.cuda.OutOfMemoryError):
+        by_halves(room, torch.zeros(4, 1), torch.zeros(4, 1))
+    assert room.seen == [4, 2, 1]
+
+
+def test_a_short_evaluation_of_a_batch_is_that_of_each_row(patcher, monkeypatch):
+    module, real, seen = patcher.model.diffusion_model, forward.denoise, []
+    request = torch.randn(3, 16, 16, 16), torch.tensor([0.5, 0.4, 0.3]), torch.randn(3, 21, 256), 21
+    whole = module._forward(*request)
+
+    def denoise(module, compute, x, *rest):
+        seen.append(len(x))
+        if len(x) > 1:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 GiB.")
+        return real(module, compute, x, *rest)
+
+    monkeypatch.setattr(forward, "denoise", denoise)
+    assert relative_error(module._forward(*request), whole) < 2e-6
+    assert seen == [3, 3, 2, 1, 1, 1]
 
 
 @pytest.mark.parametrize(("free", "spares"), [(1, False), (3, True), (64, True)])

@@ -7,15 +7,18 @@ fp16 ends at 65504, which Z-Image exceeds: there the residual stream is held in 
 of each half of a block is scaled by a power of two, which the norm behind it undoes exactly.
 
 In FP8 that last product leaves its scales, of rows and columns, to that norm, which has them nearly for nothing.
+
+Several ranks may compute one request together, each its share of the tokens: `sequence` says how.
 """
 
+import contextlib
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from comfy.ldm.lumina.model import FeedForward, JointAttention, JointTransformerBlock, NextDiT, pad_zimage, pos_ids_x
+from comfy.ldm.lumina.model import FeedForward, JointAttention, JointTransformerBlock, NextDiT, pos_ids_x
 
 from ..kernels import attention, norm, rope, swiglu
 from ..kernels.arguments import FLOATS
@@ -23,7 +26,8 @@ from . import expansion, layouts, prompt_batch
 from .expansion import Expanded
 from .modulation import Modulation, modulations
 from .refusal import bypass_refusal, common_refusal
-from .residency import near, replaced
+from .residency import near, replaced, unchanged_weights
+from .sequence import WHOLE, Exchange, Ranks
 
 BYPASSED = (JointTransformerBlock, JointAttention, FeedForward, torch.nn.RMSNorm)
 KNOWN_ARGUMENTS = {"control", "clip_text_pooled", prompt_batch.LENGTHS}  # pooled text: Z-Image has no use for it
@@ -77,11 +81,12 @@ def norm_refusal(module: NextDiT) -> str | None:
 @dataclass(frozen=True)
 class Compute:
     """dtype: what products are computed in; attention: a backend of `kernels.attention`; rows: of a feed-forward at
-    once, None for as many as usual."""
+    once, None for as many as usual; ranks: that compute it together, None for this process alone."""
 
     dtype: torch.dtype
     attention: str = "auto"
     rows: int | None = None
+    ranks: Ranks | None = None
 
     @property
     def residual(self) -> torch.dtype:
@@ -127,32 +132,53 @@ def denoise(
     """The part that depends on the noise level: what `NextDiT._forward` returns.
 
     x: [B, 16, H, W] with H and W multiples of the patch size; timesteps [B]; caption [B, padded words, D] and table as
-    `refine_caption` and `rotation_table` give them. Returns [B, 16, H, W].
+    `refine_caption` and `rotation_table` give them. Returns [B, 16, H, W]. Ranks that compute it together are all given
+    the same, and all return the whole.
     """
     b, channels, height, width = x.shape
     patch, words = module.patch_size, caption.shape[1]
     rows, columns = height // patch, width // patch
+    share = compute.ranks.share(b, words, len(table) - words) if compute.ranks else WHOLE
+    caption, table, refining_table = caption[:, share.words], *share.angles(table, words)
     time = module.t_embedder((1.0 - timesteps) * module.time_scale, dtype=x.dtype)
     patches = x.view(b, channels, rows, patch, columns, patch).permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
-    picture = module.x_embedder(patches)
-    picture, _ = pad_zimage(picture, module.x_pad_token, module.pad_tokens_multiple)
+    picture = module.x_embedder(patches[:, share.picture])
+    picture = padded(picture, module.x_pad_token, len(refining_table))
     refiner = module.noise_refiner
     modulated = modulations([*refiner, *module.layers], time)
-    picture = run_blocks(refiner, picture, modulated[: len(refiner)], table[words:], compute)
-    both = run_blocks(module.layers, torch.cat((caption, picture), 1), modulated[len(refiner) :], table, compute)
+    picture = run_blocks(refiner, picture, modulated[: len(refiner)], refining_table, compute, share.refining)
+    both = torch.cat((caption, picture), 1)
+    both = run_blocks(module.layers, both, modulated[len(refiner) :], table, compute, share.joint)
     final = module.final_layer
-    out = both[:, words : words + rows * columns].contiguous()
-    out = norm.layer_modulate(out, final.adaLN_modulation(time), final.norm_final.eps, dtype=x.dtype)
-    out = final.linear(out).view(b, rows, columns, patch, patch, channels)
+    out = both[:, caption.shape[1] :] if share.joint else both[:, words : words + rows * columns]
+    out = norm.layer_modulate(out.contiguous(), final.adaLN_modulation(time), final.norm_final.eps, dtype=x.dtype)
+    out = final.linear(out)
+    if share.refining:
+        out = share.refining.whole(out)[:, : rows * columns]
+    out = out.reshape(b, rows, columns, patch, patch, channels)
     return -out.permute(0, 5, 1, 3, 2, 4).reshape(b, channels, height, width)
 
 
+def padded(picture: torch.Tensor, token: torch.Tensor, length: int) -> torch.Tensor:
+    """picture [B, N, D] with the token [1, D] for what lacks to [B, length, D]."""
+    lacking = length - picture.shape[1]
+    if not lacking:
+        return picture
+    return torch.cat((picture, token.to(picture).expand(len(picture), lacking, -1)), 1)
+
+
 def run_blocks(
-    blocks, x: torch.Tensor, modulated: list[Modulation], table: torch.Tensor, compute: Compute
+    blocks,
+    x: torch.Tensor,
+    modulated: list[Modulation],
+    table: torch.Tensor,
+    compute: Compute,
+    exchange: Exchange | None = None,
 ) -> torch.Tensor:
     """x [B, S, D], which may be overwritten, through blocks: [B, S, D] of the residual type.
 
-    modulated: of each block; table [S, head dim / 2, 2]. Each pass over x ends half a block and begins the next.
+    modulated: of each block; table [S, head dim / 2, 2]. exchange: with ranks that have other tokens; None if all are
+    here. Each pass over x ends half a block and begins the next.
     """
     x = x.to(compute.residual).contiguous()
     y = begin(x, blocks[0].attention_norm1, modulated[0][0], blocks[0].attention.qkv, compute.dtype)
@@ -161,7 +187,7 @@ def run_blocks(
         w1 = block.feed_forward.w1
         following = [block.attention.out, w1, block.feed_forward.w3, block.feed_forward.w2]
         following += [blocks[i + 1].attention.qkv] if i < last else []
-        h, expanded = attend(block.attention, y, table, compute, expanded, following)
+        h, expanded = attend(block.attention, y, table, compute, expanded, following, exchange)
         x, y = add(x, h, compute, block.attention_norm2, gate_attention, block.ffn_norm1, scale_ffn, w1)
         h = feed_forward(block.feed_forward, y, compute, expanded)
         if i == last:
@@ -215,12 +241,15 @@ def attend(
     compute: Compute,
     expanded: Expanded,
     following: list[torch.nn.Module],
+    exchange: Exchange | None = None,
 ) -> tuple[Half, Expanded]:
     """The attention half of a block between its norms, [B, S, D] times compute.factor.
 
     expanded: weights that are at hand for it; the second result: those of the linears from its last on to the next
     attention, `following`, as far as they could be expanded beside this one.
     """
+    if exchange is not None:
+        return attend_together(module, y, table, compute, expanded, following, exchange)
     qkv = project(module.qkv, y, expanded).unflatten(-1, (3, module.n_local_heads, -1))
     gains = near(module.q_norm.weight, qkv), near(module.k_norm.weight, qkv)
     normed = functools.partial(rope.qk_norm_rope, qkv, *gains, table, QK_EPS)
@@ -237,6 +266,42 @@ def attend(
         rows = codes.flatten(2), scales
         return project(module.out, rows, expanded, OUT_AS_SUMS and leaves_scales(module.out, len(scales))), expanded
     return project_heads(module.out, h, compute.factor), expanded
+
+
+def attend_together(
+    module: JointAttention,
+    y: Rows,
+    table: torch.Tensor,
+    compute: Compute,
+    expanded: Expanded,
+    following: list[torch.nn.Module],
+    exchange: Exchange,
+) -> tuple[Half, Expanded]:
+    """`attend` of own tokens y to the tokens of all ranks. Keys, values and queries travel in 16 bit."""
+    batch, heads = len(y[0] if isinstance(y, tuple) else y), module.n_local_heads
+    outputs = heads * module.head_dim
+    apart = exchange.form.ahead and splits(module.qkv, y)
+    qkv = None if apart else project(module.qkv, y, expanded).unflatten(-1, (3, heads, -1))
+
+    def projected(parts: slice) -> torch.Tensor:
+        if not apart:
+            return qkv[:, :, parts]
+        some = slice(parts.start * outputs, parts.stop * outputs)
+        return project_some(module.qkv, some, y, expanded).unflatten(-1, (-1, heads, module.head_dim))
+
+    gains, ready = (near(module.q_norm.weight, table), near(module.k_norm.weight, table)), {}
+    quantise, work = takes_rows(module.out), exchange.work(batch, outputs)
+    with contextlib.ExitStack() as beside:
+
+        def attended(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+            # Not before the first exchange is over: expansions would keep it, and products, off multiprocessors.
+            if compute.attention == attention.FP8 and not ready:
+                ready.update(beside.enter_context(expansion.beside(filter(takes_rows, following), work)))
+            return attention.attention(q, k, v, backend=compute.attention)
+
+        rows = exchange.attention(projected, gains, table, QK_EPS, attended, quantise, compute.factor)
+    sums = OUT_AS_SUMS and quantise and leaves_scales(module.out, len(rows[1]))
+    return project(module.out, rows, ready, sums), ready
 
 
 def project_heads(linear: torch.nn.Module, h: torch.Tensor, factor: float) -> torch.Tensor:
@@ -292,3 +357,22 @@ def project(linear: torch.nn.Module, y: Rows, expanded: Expanded, sums: bool = F
         h = layouts.sum_rows(rows, weight, expanded.get(linear))
         return Sums(h.unflatten(0, shape), scales, layouts.column_scales(weight))
     return layouts.multiply_rows(rows, scales, weight, linear.bias, expanded.get(linear)).unflatten(0, shape)
+
+
+def splits(linear: torch.nn.Module, y: Rows) -> bool:
+    """Whether outputs of a linear can be computed apart: it is nothing but a product with the weight as it lies."""
+    weight, codes = linear.weight, y[0] if isinstance(y, tuple) else y
+    as_it_is = linear.bias is None and unchanged_weights([linear]) is not None
+    return as_it_is and weight.device == codes.device and (isinstance(y, tuple) or weight.dtype == y.dtype)
+
+
+def project_some(linear: torch.nn.Module, outputs: slice, y: Rows, expanded: Expanded) -> torch.Tensor:
+    """Some outputs of `project`, of a linear that `splits`."""
+    weight = layouts.outputs(linear.weight, outputs)
+    if isinstance(y, torch.Tensor):
+        return torch.nn.functional.linear(y, weight)
+    (codes, scales), ready = y, expanded.get(linear)
+    rows = layouts.multiply_rows(
+        codes.flatten(0, 1), scales, weight, expanded=None if ready is None else ready[outputs]
+    )
+    return rows.unflatten(0, codes.shape[:2])

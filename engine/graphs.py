@@ -35,11 +35,13 @@ class Captured:
 class Graphs:
     """At most `limit` graphs, the least recently used given up first; none any more once they are `given_up`.
 
-    spares_one: whether a device has memory to spare for one; asked before each capture.
+    spares_one: whether a device has memory to spare for one; asked before each capture. agree: turns one rank's yes or
+    no into that of all ranks that compute together (`sequence.Ranks.agree`), for what they exchange is captured too: a
+    rank that replays and one that does not may wait for each other for ever.
     """
 
-    def __init__(self, limit: int, spares_one: Callable[[torch.device], bool]):
-        self.spares_one = spares_one
+    def __init__(self, limit: int, spares_one: Callable[[torch.device], bool], agree: Callable[[bool], bool] = bool):
+        self.spares_one, self.agree = spares_one, agree
         self.captured, self.seen, self.refused = Recent(limit), Counter(), set()
         self.pool, self.stream, self.state = None, None, None
         self.given_up = False
@@ -80,10 +82,10 @@ class Graphs:
         self.seen[key] += 1
         if key in self.refused or self.seen[key] <= WARM_UP:
             return None
-        if key not in self.captured and not self.spares_one(inputs[0].device):
+        if key not in self.captured and not self.agree(self.spares_one(inputs[0].device)):
             return None
         try:
-            captured = self.captured.get(key, lambda: self.capture(function, inputs))
+            captured = self.captured.get(key, lambda: self.capture_agreed(function, inputs))
         except RuntimeError as error:  # what is wrong without a graph too comes up again in the caller's own call
             reason = str(error).partition("\n")[0]
             logging.warning("Z-Image-Turbo: no CUDA graph for %s, it runs without: %s", list(inputs[0].shape), reason)
@@ -92,6 +94,17 @@ class Graphs:
             torch.cuda.empty_cache()
             return None
         return captured.replay(inputs)
+
+    def capture_agreed(self, function: Callable[..., torch.Tensor], inputs: list[torch.Tensor]) -> Captured:
+        """`capture`; raises RuntimeError where it fails, and where it fails on another rank."""
+        try:
+            captured = self.capture(function, inputs)
+        except RuntimeError:
+            self.agree(False)
+            raise
+        if not self.agree(True):
+            raise RuntimeError("another rank could not capture one")
+        return captured
 
     def capture(self, function: Callable[..., torch.Tensor], inputs: list[torch.Tensor]) -> Captured:
         with CAPTURING, torch.cuda.device(inputs[0].device):

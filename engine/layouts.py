@@ -107,6 +107,16 @@ def takes_rows(weight: torch.Tensor) -> bool:
     return weight._layout_cls == Fp8Layout.__name__ or (params.compute == COMPUTE_FP8 and not params.rotated)
 
 
+def outputs(weight: torch.Tensor, some: slice) -> torch.Tensor:
+    """A weight's rows for some of its outputs, of ours or of plain numbers, where they lie."""
+    if not isinstance(weight, QuantizedTensor):
+        return weight[some]
+    params, data = weight._params, weight._qdata[some]
+    changed = {name: getattr(params, name)[some] for name in params._tensor_fields()}
+    params = dataclasses.replace(params, **changed, orig_shape=(len(data), params.orig_shape[1]))
+    return QuantizedTensor(data, weight._layout_cls, params)
+
+
 def is_int4(weight: torch.Tensor) -> bool:
     return isinstance(weight, QuantizedTensor) and weight._layout_cls == Int4Layout.__name__
 

@@ -1,18 +1,26 @@
-"""The attention backend that is fastest on this GPU: measured at first use, remembered on disk."""
+"""What is fastest here, measured at first use: the attention backend of this GPU, and how ranks exchange.
+
+The backend is remembered on disk. The form of an exchange depends on what links the ranks: each start measures it.
+"""
 
 import functools
 import logging
 import math
 import os
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import folder_paths
 import torch
+from comfy.ldm.lumina.model import NextDiT
 
 from ..kernels.attention import ATTENTION, FP8, AttentionRequest, attention_of_codes, timing
 from ..kernels.heads import quantise_heads
 from ..kernels.registry import Backend, Choices
+from . import forward
+from .graphs import CAPTURING
+from .sequence import FORMS, Form, size_class
 
 # A 1024x1024 picture with a short prompt. Smaller ones take what is best here: measured eagerly they would only show
 # what a launch costs.
@@ -59,6 +67,51 @@ def attention_backend(
     if choices.names != known and not failed:  # what failed for want of memory may do better the next time
         write(file, choices)
     return chosen
+
+
+def settle_form(module: NextDiT, compute: forward.Compute, batch: int, words: int, table: torch.Tensor) -> None:
+    """Choose how `compute.ranks` exchange sequences of this size: as one block's attention is fastest.
+
+    table: as `forward.denoise` takes it, of `words` caption tokens and the picture's. All ranks call it before they
+    first evaluate a size, outside of a capture, and come to the same choice: a form is as fast as its slowest rank.
+    Sizes of a known order return at once, and so does everything on a processor.
+    """
+    ranks, key = compute.ranks, size_class(batch, len(table))
+    if ranks.form or key in ranks.forms or not measured_on(table.device):
+        return
+    block, share = module.layers[0], ranks.share(batch, words, len(table) - words)
+    angles, _ = share.angles(table, words)
+    x = torch.randn(batch, len(angles), module.dim, device=table.device, dtype=compute.residual)
+    y = forward.begin(x, block.attention_norm1, None, block.attention.qkv, compute.dtype)
+    following = [block.attention.out, block.feed_forward.w1, block.feed_forward.w3, block.feed_forward.w2]
+
+    def seconds(form: Form) -> float:
+        exchange = replace(share.joint, form=form)
+        return replay_seconds(lambda: forward.attend(block.attention, y, angles, compute, {}, following, exchange))
+
+    with torch.cuda.device_of(table):
+        slowest = ranks.slowest([seconds(form) for form in FORMS])
+    ranks.forms[key] = FORMS[slowest.index(min(slowest))]
+    found = ", ".join(f"{form} {1e6 * time:.0f} µs" for form, time in zip(FORMS, slowest, strict=True))
+    logging.info("Z-Image-Turbo: attention of %s tokens by %s ranks: %s.", len(table), ranks.size, found)
+
+
+def replay_seconds(run: Callable[[], object], calls: int = 8, rounds: int = 5) -> float:
+    """GPU seconds of a call without what its launches cost the host: of so many calls in one CUDA graph, the best."""
+    run()  # compiles its kernels, and connects ranks
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    with CAPTURING, torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+        for _ in range(calls):
+            run()
+    times = []
+    for _ in range(rounds):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end))
+    return min(times) / calls / 1000
 
 
 def measured_on(device: torch.device) -> bool:

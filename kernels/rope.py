@@ -54,27 +54,37 @@ def qk_norm_rope(qkv, q_weight, k_weight, table, eps, layout="heads", quantise=F
 
 
 def qk_norm_rope_reference(qkv, q_weight, k_weight, table, eps, out, scales):
-    cos, sin = table[..., None, :, :].unbind(-1)
     for part, weight in enumerate((q_weight, k_weight)):
-        x = qkv[:, :, part].float()
-        x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight.float()
-        a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
-        rotated = torch.stack((a * cos - b * sin, a * sin + b * cos), -1).flatten(-2)
+        rotated = normed_and_turned(qkv[:, :, part], weight, table, eps)
         if scales is not None:
             scales[part] = weight.float().abs().amax().clamp(min=1e-12) * len(weight) ** 0.5 / FP8_MAX
             rotated = (rotated / scales[part]).clamp(-FP8_MAX, FP8_MAX)
         out[part].copy_(rotated.transpose(1, 2))
 
 
+def normed_and_turned(x, weight, table, eps):
+    """rotate(RMSNorm(x) * weight) of x [B, S, H, D], in fp32."""
+    cos, sin = table[..., None, :, :].unbind(-1)
+    x = x.float()
+    x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight.float()
+    a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.stack((a * cos - b * sin, a * sin + b * cos), -1).flatten(-2)
+
+
 def _check(qkv, q_weight, k_weight, table):
     fits = qkv.ndim == 5 and qkv.shape[2] == 3 and qkv.shape[4] % 2 == 0
     if not fits or qkv.dtype not in FLOATS or not qkv.is_contiguous():
         raise ValueError(f"qkv: expected a contiguous [B, S, 3, H, D] of floats with an even D, got {described(qkv)}")
-    batch, tokens, _, _, width = qkv.shape
-    check_rows(q_weight, "q_weight", (width,), like=qkv)
-    check_rows(k_weight, "k_weight", (width,), like=qkv)
+    check_rows(q_weight, "q_weight", qkv.shape[4:], like=qkv)
+    check_rows(k_weight, "k_weight", qkv.shape[4:], like=qkv)
+    check_table(table, qkv)
+
+
+def check_table(table, x):
+    """Raises ValueError unless `table` has (cos, sin) for the tokens of x [B, S, n, H, D], or for each image's."""
+    batch, tokens, _, _, width = x.shape
     one = (tokens, width // 2, 2)
-    check_rows(table, "table", one if table.ndim == 3 else (batch, *one), like=qkv, dtypes=(torch.float32,))
+    check_rows(table, "table", one if table.ndim == 3 else (batch, *one), like=x, dtypes=(torch.float32,))
 
 
 def _check_out(out, qkv, dtype):

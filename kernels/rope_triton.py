@@ -10,6 +10,15 @@ ROWS_QUANTISED = 1  # into FP8 as many programs as can be are faster, by 3 % on 
 
 
 @triton.jit
+def normed_and_turned(x, weight, turn, eps, WIDTH: tl.constexpr, HEADS: tl.constexpr, BLOCK: tl.constexpr):
+    """A token's heads [HEADS, BLOCK] in fp32, normed and rotated; turn [BLOCK]: (cos, sin) of every pair."""
+    cos, sin = tl.split(tl.reshape(turn, (1, BLOCK // 2, 2)))
+    x = x * tl.rsqrt(tl.sum(x * x, axis=1) / WIDTH + eps)[:, None] * weight[None, :]
+    a, b = tl.split(tl.reshape(x, (HEADS, BLOCK // 2, 2)))
+    return tl.reshape(tl.join(a * cos - b * sin, a * sin + b * cos), (HEADS, BLOCK))
+
+
+@triton.jit
 def _qk_norm_rope_kernel(
     qkv_ptr, q_weight_ptr, k_weight_ptr, table_ptr, q_ptr, k_ptr, scales_ptr,
     q_batch, q_head, q_token, k_batch, k_head, k_token, table_batch, rows, tokens, heads, eps, bound,
@@ -38,13 +47,10 @@ def _qk_norm_rope_kernel(
         image, token = (row // tokens).to(tl.int64), row % tokens
         # Cosine and sine of a pair lie beside each other, as its two numbers do: one wide load in the layout of x.
         turn = tl.load(table_ptr + image * table_batch + token * WIDTH + channel, mask=inside, other=0.0)
-        cos, sin = tl.split(tl.reshape(turn, (1, BLOCK // 2, 2)))
         y = x.to(tl.float32)
         ahead = tl.minimum(row + 1, rows - 1)
         x = tl.load(qkv_ptr + ahead.to(tl.int64) * 3 * heads * WIDTH + place, mask=mask & (ahead < end), other=0.0)
-        y = y * tl.rsqrt(tl.sum(y * y, axis=1) / WIDTH + eps)[:, None] * weight[None, :]
-        a, b = tl.split(tl.reshape(y, (HEADS, BLOCK // 2, 2)))
-        y = tl.reshape(tl.join(a * cos - b * sin, a * sin + b * cos), (HEADS, BLOCK))
+        y = normed_and_turned(y, weight, turn, eps, WIDTH, HEADS, BLOCK)
         tl.store(
             target + image * batch_stride + token.to(tl.int64) * token_stride, y.to(q_ptr.dtype.element_ty), mask=mask
         )

@@ -73,6 +73,25 @@ def test_what_cannot_be_captured_is_not_tried_again(caplog, monkeypatch):
     assert "operation not permitted" in caplog.text
 
 
+def test_ranks_capture_all_or_none(caplog, monkeypatch):
+    """What another rank says is asked for before a capture, and again after it."""
+    words = [False, True, True, True, False]
+    graphs = Counted(2)
+    monkeypatch.setattr(graphs, "agree", lambda willing: willing and words.pop(0))
+    assert [run(graphs, 1) for _ in range(WARM_UP + 3)] == [False] * WARM_UP + [False, True, True]
+    assert [run(graphs, 2) for _ in range(WARM_UP + 1)] == [False] * (WARM_UP + 1)
+    assert "another rank could not capture" in caplog.text and not words
+    assert not run(graphs, 2) and graphs.captures == [1, 2]
+
+
+def test_a_rank_that_cannot_capture_tells_the_others(monkeypatch):
+    told, graphs = [], Counted(2)
+    monkeypatch.setattr(graphs, "agree", lambda willing: told.append(willing) or willing)
+    monkeypatch.setattr(graphs, "capture", lambda *_: impossible())
+    assert not any(run(graphs, 1) for _ in range(WARM_UP + 3))
+    assert told == [True, False]
+
+
 def impossible():
     raise RuntimeError("operation not permitted when stream is capturing")
 

@@ -301,3 +301,19 @@ def test_gradients_pass_through(form, bias, shape):
 def test_a_device_without_fp8_says_so(file, precision):
     with pytest.raises(ValueError, match=rf"'{precision}' cannot be used on cpu.*8\.9.*Choose"):
         load_model(file, precision)
+
+
+@pytest.mark.parametrize("rotated", [False, True])
+@pytest.mark.parametrize("layout", [layouts.Int4Layout, layouts.Fp8Layout])
+def test_some_outputs_of_a_weight_are_those_of_the_whole(layout, rotated):
+    layouts.register()
+    plain = torch.randn(48, 256)
+    options = {"rotated": rotated} if layout is layouts.Int4Layout else {}
+    data, params = layout.quantize(plain, **options)
+    weight = layouts.QuantizedTensor(data, layout.__name__, params)
+    some = layouts.outputs(weight, slice(16, 40))
+    assert some.shape == (24, 256) and some._qdata.data_ptr() == data[16:].data_ptr()
+    assert torch.equal(some.dequantize(), weight.dequantize()[16:40])
+    x = torch.randn(5, 256)
+    assert torch.allclose(layouts.multiply(x, some), layouts.multiply(x, weight)[:, 16:40], atol=1e-5)
+    assert torch.equal(layouts.outputs(plain, slice(16, 40)), plain[16:40])

@@ -3,10 +3,11 @@
 import pytest
 import torch
 
-from zimage_turbo.engine import measured
+from zimage_turbo.engine import forward, measured, sequence
 from zimage_turbo.kernels import registry
 from zimage_turbo.kernels.attention import ATTENTION, AttentionRequest
 from zimage_turbo.kernels.registry import Choices
+from zimage_turbo.tests.unit.engine import together
 
 CPU = torch.device("cpu")
 
@@ -59,6 +60,39 @@ def test_a_backend_that_fails_is_left_out(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(measured, "measured_on", lambda device: True)
     assert measured.attention_backend("auto", CPU, torch.float32, 2, 64, 0.0) == "works"
     assert "attention by breaks fails on cpu: no such GPU" in caplog.text
+
+
+class Third(sequence.Ranks):
+    """The third of four ranks, without the others, whose times are `theirs`."""
+
+    def __init__(self, theirs, form=None):
+        self.device, self.group, self.form, self.rank, self.size = CPU, None, form, 2, 4
+        self.forms, self.theirs = {}, theirs
+
+    def slowest(self, values):
+        return [max(each) for each in zip(values, self.theirs, strict=True)]
+
+
+def settle(monkeypatch, ranks, own):
+    """What is measured while a form is settled twice for one size, and once for twice as many tokens."""
+    module, asked = together.odd_module(), []
+    monkeypatch.setattr(measured, "measured_on", lambda device: True)
+    monkeypatch.setattr(measured, "replay_seconds", lambda run: asked.append(run) or own[len(asked) % len(own) - 1])
+    compute = forward.Compute(torch.float32, ranks=ranks)
+    for rows in (8, 8, 16):
+        measured.settle_form(module, compute, 1, 5, forward.rotation_table(module, 5, rows, 8, CPU))
+    return len(asked)
+
+
+def test_ranks_settle_for_the_form_whose_slowest_rank_is_fastest(monkeypatch):
+    own, theirs = [3.0, 1.0, 4.0, 2.0, 9.0, 9.0], [1.0, 5.0, 4.0, 3.5, 9.0, 9.0]
+    ranks = Third(theirs)
+    assert settle(monkeypatch, ranks, own) == 2 * len(sequence.FORMS)
+    assert ranks.form_of(1, 69) == ranks.form_of(1, 133) == sequence.FORMS[0]
+
+
+def test_a_form_that_is_given_is_not_measured(monkeypatch):
+    assert settle(monkeypatch, Third([], sequence.FORMS[1]), [1.0]) == 0
 
 
 @pytest.mark.gpu

@@ -16,10 +16,11 @@ from comfy.patcher_extension import WrappersMP
 
 from . import forward, layouts, prompt_batch, rows
 from .graphs import Graphs
-from .measured import attention_backend
+from .measured import attention_backend, settle_form
 from .recent import Recent
 from .rehearsal import rehearsed
 from .residency import resident_weights
+from .sequence import Ranks
 from .shortage import by_halves, spares_a_graph, with_room
 
 FAST, REPLAYED = "fast", "fast, CUDA graph"
@@ -33,7 +34,8 @@ class TurboNextDiT(NextDiT):
     """`forwards` counts runs by the path taken: FAST, REPLAYED, or why it was the host's. An evaluation is one run, of
     prompts of several padded lengths one for each.
 
-    `attention` names a backend of `kernels.attention`, `base` refers to the host's model around this module.
+    `attention` names a backend of `kernels.attention`, `base` refers to the host's model around this module, `joint`
+    names the ranks that every request is computed with; None: this process computes alone.
     """
 
     attention: str
@@ -41,6 +43,7 @@ class TurboNextDiT(NextDiT):
     forwards: Counter
     bypassed: list[torch.nn.Module]
     norms: list[torch.nn.Module]
+    joint: "Joint | None"
     graphs: Graphs
     captions: Recent
     tables: Recent
@@ -59,7 +62,7 @@ class TurboNextDiT(NextDiT):
         captions = self._captions(context, lengths, groups, options)
         weights = resident_weights([self], x.device)
         if weights is None:
-            self.graphs.clear()
+            (self.joint or self).graphs.clear()
         parts = []
         for numbers, caption in zip(groups, captions, strict=True):
             # More groups than graphs would push each other's graph out at every evaluation.
@@ -106,9 +109,8 @@ class TurboNextDiT(NextDiT):
         """How a latent of x's type is computed where x lies."""
         block = self.layers[0].attention
         allowed = FP8_ERROR if layouts.takes_rows(block.qkv.weight) else 0.0
-        return forward.Compute(
-            x.dtype, attention_backend(self.attention, x.device, x.dtype, block.n_local_heads, block.head_dim, allowed)
-        )
+        backend = attention_backend(self.attention, x.device, x.dtype, block.n_local_heads, block.head_dim, allowed)
+        return forward.Compute(x.dtype, backend, ranks=self.joint.ranks if self.joint else None)
 
     def _fast(
         self, x: torch.Tensor, timesteps: torch.Tensor, caption: torch.Tensor, weights: tuple | None
@@ -119,20 +121,36 @@ class TurboNextDiT(NextDiT):
         inputs = [x, timesteps, comfy.utils.repeat_to_batch_size(caption, len(x)), table]
         compute = self.compute(x)
         denoise = functools.partial(forward.denoise, self, compute)
-        if weights is not None:
+        if compute.ranks:
+            settle_form(self, compute, len(x), caption.shape[1], table)
+        elif weights is not None:
             management.throw_exception_if_processing_interrupted()  # a replay asks no layer
-            result = self.graphs.run(denoise, inputs, (compute, weights))
+        if weights is not None:
+            result = (self.joint or self).graphs.run(denoise, inputs, (compute, weights))
             if result is not None:
                 self.forwards[REPLAYED] += 1
                 return result
-        denoise = denoise if self.forwards[FAST] else rehearsed(denoise, x.device)
+        alone = functools.partial(forward.denoise, self, dataclasses.replace(compute, ranks=None))
+        first = rehearsed(alone, x.device) if not self.forwards[FAST] else None
         self.forwards[FAST] += 1
-        return with_room(denoise, *inputs, frugal=functools.partial(self._frugal, compute))
+        if compute.ranks:  # which would wait for what this one does more than once, or not at all
+            if first:
+                first(*inputs)
+            return denoise(*inputs)
+        return with_room(first or denoise, *inputs, frugal=functools.partial(self._frugal, compute))
 
     def _frugal(self, compute: forward.Compute, *inputs: torch.Tensor) -> torch.Tensor:
         *batches, table = inputs
         frugal = functools.partial(forward.denoise, self, dataclasses.replace(compute, rows=ROWS_WHEN_SHORT))
         return by_halves(lambda *some: frugal(*some, table), *batches)
+
+
+class Joint:
+    """Ranks that compute a module's requests together, all of them the same ones in the same order, with graphs in
+    which their exchange is captured."""
+
+    def __init__(self, ranks: Ranks):
+        self.ranks, self.graphs = ranks, Graphs(MAX_GRAPHS, spares_a_graph, ranks.agree)
 
 
 def free_memory(patcher, unpatch_all: bool) -> None:
@@ -149,5 +167,5 @@ def adopt(module: NextDiT, attention: str = "auto", base: BaseModel | None = Non
     module.base = weakref.ref(base) if base is not None else lambda: None
     module.bypassed = [part for part in module.modules() if isinstance(part, forward.BYPASSED)]
     module.norms = [layer for layer in module.modules() if isinstance(layer, torch.nn.RMSNorm)]
-    module.forwards, module.graphs = Counter(), Graphs(MAX_GRAPHS, spares_a_graph)
+    module.forwards, module.graphs, module.joint = Counter(), Graphs(MAX_GRAPHS, spares_a_graph), None
     module.captions, module.tables = Recent(MAX_CAPTIONS), Recent(MAX_TABLES)

@@ -15,9 +15,10 @@ takes x [batch, …] from the first of the given levels to exactly the last, and
 It can then be chosen by its name in the nodes. Counting, previews, interruption and the report are the run's.
 """
 
+import json
 import math
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
 
 import torch
 
@@ -67,6 +68,11 @@ class Report:
     def as_dict(self) -> dict:
         return asdict(self)
 
+    @classmethod
+    def of(cls, told: dict) -> "Report":
+        """The report that `as_dict` gave, after a way through JSON."""
+        return cls(**told | {name: tuple(told[name]) for name in ("sigmas", "errors")})
+
     def __str__(self) -> str:
         """For the node: three lines, without the tolerance, which only some solvers heed."""
         numbers = {"sigmas": self.sigmas, "estimated errors": self.errors}
@@ -74,6 +80,21 @@ class Report:
             f"{name}: {' '.join(f'{value:.3g}' for value in values)}" for name, values in numbers.items() if values
         ]
         return "\n".join([f"{self.solver}: {self.nfe} of {self.budget} evaluations", *lines])
+
+
+def common(reports: Sequence[Report]) -> list[Report]:
+    """Of pictures that were drawn one by one: one report with the worst errors if all took the same evaluations, or
+    each one's own."""
+    if len({each.sigmas for each in reports}) > 1:
+        return list(reports)
+    errors = tuple(map(max, zip(*(each.errors for each in reports), strict=True)))
+    return [replace(reports[0], errors=errors)]
+
+
+def as_json(reports: Sequence[Report]) -> str:
+    """For a file: one report as an object, several as a list."""
+    told = [report.as_dict() for report in reports]
+    return json.dumps(told[0] if len(told) == 1 else told)
 
 
 class Run:

@@ -9,7 +9,7 @@ import comfy.utils
 import latent_preview
 import torch
 
-from . import ode, progress, prompt_batch
+from . import multi, ode, progress, prompt_batch
 from .model import LATENT_SCALE, NATIVE_SIZE
 from .turbo import TurboNextDiT
 
@@ -102,8 +102,9 @@ def sample_and_report(
     levels: torch.Tensor,
     solver: str = ode.OFFICIAL,
     tolerance: float = ode.TOLERANCE,
-) -> tuple[dict, ode.Report]:
-    """The latent at the end of the schedule, as a LATENT with the keys of the given one, and what the solver did.
+) -> tuple[dict, list[ode.Report]]:
+    """The latent at the end of the schedule, as a LATENT with the keys of the given one, and what the solver did: one
+    report, or one for each picture where ranks drew them and took other evaluations.
 
     Guidance is off: as many evaluations as the solver asks for. Raises ValueError for a latent or result with NaN or
     infinity; both are looked at where the model computes, since on a processor of many cores each look takes
@@ -119,7 +120,14 @@ def sample_and_report(
     kept = {key: value for key, value in latent.items() if not key.startswith("downscale_ratio_")}
     outcome = comfy.model_management.intermediate_device()
     if len(levels) < 2:
-        return kept | {"samples": start.to(outcome)}, ode.Report(solver, 0, tolerance, 0, (), ())
+        return kept | {"samples": start.to(outcome)}, [ode.Report(solver, 0, tolerance, 0, (), ())]
+    noise, mask = comfy.sample.prepare_noise(start, seed, latent.get("batch_index")), latent.get("noise_mask")
+    on_ranks = _on_ranks(model, positive)
+    pictures = len(start) if on_ranks else 1
+    callback = latent_preview.prepare_callback(model, (len(levels) - 1) * pictures)
+    if on_ranks:
+        result, reports = multi.sample(model, positive, noise, start, mask, seed, levels, solver, tolerance, callback)
+        return kept | {"samples": result.to(outcome)}, ode.common(reports)
     if isinstance(model.model.diffusion_model, TurboNextDiT):
         positive = [[states, prompt_batch.unhooked(extra)] for states, extra in positive]
     guider = comfy.samplers.CFGGuider(model)
@@ -127,16 +135,26 @@ def sample_and_report(
     guider.set_cfg(1.0)
     reports = []
     result = guider.sample(
-        comfy.sample.prepare_noise(start, seed, latent.get("batch_index")),
+        noise,
         start,
         sampler(solver, tolerance, reports.append),
         levels,
-        denoise_mask=latent.get("noise_mask"),
-        callback=latent_preview.prepare_callback(model, len(levels) - 1),
+        denoise_mask=mask,
+        callback=callback,
         disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
         seed=seed,
     )
-    return kept | {"samples": result.to(outcome)}, reports[-1]
+    return kept | {"samples": result.to(outcome)}, reports
+
+
+def _on_ranks(model, positive: list) -> bool:
+    """Whether ranks are to compute a run, which says so on the node where they cannot."""
+    if multi.spread_of(model) is None:
+        return False
+    reason = multi.refusal(model, positive)
+    if reason:
+        progress.tell(f"multi-gpu: this run is computed by one GPU alone, as {reason}")
+    return reason is None
 
 
 def _check_start(model, start: torch.Tensor) -> None:

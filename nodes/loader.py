@@ -2,9 +2,10 @@
 
 from comfy_api.latest import io
 
-from ..engine import catalogue, devices
+from ..engine import catalogue, devices, multi
 from ..engine.loading import load
 from ..engine.model import ATTENTIONS, PRECISIONS
+from . import parts
 
 
 class ZImageTurboLoader(io.ComfyNode):
@@ -18,26 +19,7 @@ class ZImageTurboLoader(io.ComfyNode):
             "official files if they are in the models folder, else the built-in demo.",
             search_aliases=["z-image", "zimage", "turbo", "unet loader", "load diffusion model"],
             inputs=[
-                io.Combo.Input(
-                    "diffusion_model",
-                    options=catalogue.options("diffusion_model"),
-                    default=catalogue.AUTO,
-                    tooltip="A file in models/diffusion_models, a Z-Image folder in models/diffusers, or the demo. "
-                    "'auto': z_image_turbo_bf16.safetensors, else a Z-Image folder, else the demo.",
-                ),
-                io.Combo.Input(
-                    "text_encoder",
-                    options=catalogue.options("text_encoder"),
-                    default=catalogue.AUTO,
-                    tooltip="A Qwen3-4B file in models/text_encoders. 'auto': the one that belongs to the "
-                    "diffusion model.",
-                ),
-                io.Combo.Input(
-                    "vae",
-                    options=catalogue.options("vae"),
-                    default=catalogue.AUTO,
-                    tooltip="A Flux-type VAE in models/vae. 'auto': the one that belongs to the diffusion model.",
-                ),
+                *parts.inputs(),
                 io.Combo.Input(
                     "precision",
                     options=list(PRECISIONS),
@@ -52,7 +34,8 @@ class ZImageTurboLoader(io.ComfyNode):
                     options=devices.options(),
                     default=devices.AUTO,
                     advanced=True,
-                    tooltip="Where the three models run. 'auto' lets ComfyUI choose.",
+                    tooltip="Where the three models run. 'auto' lets ComfyUI choose. 'multi-gpu' spreads the pictures "
+                    "of a batch over several GPUs.",
                 ),
                 io.Combo.Input(
                     "attention",
@@ -70,6 +53,16 @@ class ZImageTurboLoader(io.ComfyNode):
                     advanced=True,
                     tooltip="With fp8 or int4: keep the quantised weights in a file beside the original, so that the "
                     "next start only reads it. Takes about 6.5 GB of disk for the official models.",
+                ),
+                io.Int.Input(
+                    "num_gpus",
+                    default=0,
+                    min=0,
+                    max=64,
+                    optional=True,
+                    advanced=True,
+                    tooltip="With multi-gpu: how many GPUs, the first ones. 0: all. On a machine without any: how many "
+                    "processes; 0 is two.",
                 ),
             ],
             outputs=[
@@ -93,7 +86,10 @@ class ZImageTurboLoader(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, diffusion_model, text_encoder, vae, precision, device, attention="auto", cache_quantised=False
+        cls, diffusion_model, text_encoder, vae, precision, device, attention="auto", cache_quantised=False, num_gpus=0
     ) -> io.NodeOutput:
-        parts = catalogue.resolve(diffusion_model, text_encoder, vae)
-        return io.NodeOutput(*load(parts, precision, devices.resolve(device), attention, cache_quantised))
+        files = catalogue.resolve(diffusion_model, text_encoder, vae)
+        models = load(files, precision, devices.resolve(device, num_gpus), attention, cache_quantised)
+        if device == devices.MULTI_GPU:
+            multi.attach(models[0], models[2], multi.Spread.of(files, precision, attention, num_gpus))
+        return io.NodeOutput(*models)

@@ -1,7 +1,5 @@
 """Z-Image-Turbo Sampler: the schedule of eight evaluations, from a prompt to a latent."""
 
-import json
-
 from comfy_api.latest import io, ui
 
 from ..engine import ode, sampling
@@ -96,5 +94,5 @@ class ZImageTurboSampler(io.ComfyNode):
             )
         positive, latent = sampling.starting_point(model, positive, width, height, batch_size, latent_image)
         levels = ode.sigmas(steps, denoise)
-        latent, report = sampling.sample_and_report(model, positive, latent, seed, levels, **solving)
-        return io.NodeOutput(latent, json.dumps(report.as_dict()), ui=ui.PreviewText(str(report)))
+        latent, reports = sampling.sample_and_report(model, positive, latent, seed, levels, **solving)
+        return io.NodeOutput(latent, ode.as_json(reports), ui=ui.PreviewText("\n\n".join(map(str, reports))))

@@ -1,12 +1,15 @@
-"""GPU memory as the driver sees it, by NVML."""
+"""GPUs as the driver sees them, by NVML."""
 
 import pynvml
 
 _MIB = 1024 * 1024
 
 
-def gpu_memory() -> list[dict]:
-    """Name, used and total MiB of every NVIDIA GPU, or why the driver does not say; empty without a driver."""
+def gpu_state() -> list[dict]:
+    """Every NVIDIA GPU: name, used and total MiB, utilisation in percent, temperature in °C, and links that are up.
+
+    What a driver does not say is left out; if it says nothing at all, one entry has the reason. Empty without a driver.
+    """
     try:
         pynvml.nvmlInit()
     except (pynvml.NVMLError_LibraryNotFound, pynvml.NVMLError_DriverNotLoaded):
@@ -22,9 +25,35 @@ def gpu_memory() -> list[dict]:
 
 
 def _one(handle) -> dict:
-    name = pynvml.nvmlDeviceGetName(handle)
-    try:
-        memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
-    except pynvml.NVMLError as error:  # GPUs that share the processor's memory, slices of a GPU
-        return {"name": name, "error": str(error)}
-    return {"name": name, "used_mib": round(memory.used / _MIB), "total_mib": round(memory.total / _MIB)}
+    state = {"name": pynvml.nvmlDeviceGetName(handle)}
+    for reader in (_memory, _utilisation, _temperature, _nvlinks):
+        try:
+            state |= reader(handle)
+        except pynvml.NVMLError as error:
+            if reader is _memory:  # GPUs that share the processor's memory, slices of a GPU
+                state["error"] = str(error)
+    return state
+
+
+def _memory(handle) -> dict:
+    memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
+    return {"used_mib": round(memory.used / _MIB), "total_mib": round(memory.total / _MIB)}
+
+
+def _utilisation(handle) -> dict:
+    return {"utilisation_percent": pynvml.nvmlDeviceGetUtilizationRates(handle).gpu}
+
+
+def _temperature(handle) -> dict:
+    return {"temperature_c": pynvml.nvmlDeviceGetTemperature(handle, pynvml.NVML_TEMPERATURE_GPU)}
+
+
+def _nvlinks(handle) -> dict:
+    """How many NVLinks are up; those beyond the last that a GPU has are an error of their own."""
+    up = 0
+    for link in range(pynvml.NVML_NVLINK_MAX_LINKS):
+        try:
+            up += pynvml.nvmlDeviceGetNvLinkState(handle, link)
+        except pynvml.NVMLError:
+            break
+    return {"nvlinks": up} if up else {}

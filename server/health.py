@@ -10,18 +10,27 @@ import torch
 from comfy_execution.progress import NodeState, get_progress_state
 from comfyui_version import __version__ as comfyui_version
 
-from .gpus import gpu_memory
+from ..engine.group.coordinator import DEGRADED, FAILED
+from ..engine.group.current import current
+from .gpus import gpu_state
 
 VERSION = "0.1.0"
 _MIB = 1024 * 1024
 
 
 def document(server) -> dict:
-    """JSON-ready state. ``status`` is 'ok' or 'error', the latter with a ``reason``; ``uptime`` is in seconds."""
-    reason = fault()
+    """JSON-ready state; ``uptime`` is in seconds.
+
+    ``status`` is 'ok'; 'error', when no prompt can be run; or 'degraded', when multi-gpu has not all GPUs that it was
+    asked for. The last two have a ``reason``.
+    """
+    reason, ranks = fault(), current.document()
+    degraded = ranks is not None and ranks["state"] in (DEGRADED, FAILED)
+    status = (
+        ("error", reason) if reason else ("degraded", f"multi-gpu: {ranks['reason']}") if degraded else ("ok", None)
+    )
     return {
-        "status": "error" if reason else "ok",
-        **({"reason": reason} if reason else {}),
+        **{name: said for name, said in zip(("status", "reason"), status, strict=True) if said},
         "uptime": round(time.time() - psutil.Process().create_time(), 1),
         "version": VERSION,
         "comfyui": comfyui_version,
@@ -29,6 +38,7 @@ def document(server) -> dict:
         "device": str(management.get_torch_device()),
         "loaded_models": loaded_models(),
         "memory": memory(),
+        **({"multi_gpu": ranks} if ranks else {}),
         "queue": queue(server),
         "last_error": last_error(server.prompt_queue),
     }
@@ -72,13 +82,13 @@ def _forwards(model) -> dict:
 
 
 def memory() -> dict:
-    """Bytes in MiB: this process and the machine's RAM, and each GPU as its driver sees it."""
+    """In MiB: this process and the machine's RAM; and each GPU as its driver sees it."""
     ram = psutil.virtual_memory()
     return {
         "process_mib": round(psutil.Process().memory_info().rss / _MIB),
         "ram_available_mib": round(ram.available / _MIB),
         "ram_total_mib": round(ram.total / _MIB),
-        "gpus": gpu_memory(),
+        "gpus": gpu_state(),
     }
 
 

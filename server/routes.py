@@ -16,7 +16,7 @@ def add_health(server) -> None:
     @server.routes.get("/zimage/health")
     async def health(request: web.Request) -> web.Response:
         state = await asyncio.to_thread(document, server)
-        return web.json_response(state, status=200 if state["status"] == "ok" else 503)
+        return web.json_response(state, status=503 if state["status"] == "error" else 200)
 
     @web.middleware
     async def unclaimed_health(request: web.Request, handler) -> web.StreamResponse:

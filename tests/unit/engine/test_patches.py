@@ -5,7 +5,8 @@ import comfy.sd
 import pytest
 import torch
 
-from zimage_turbo.engine import ode, patches, sampling, wire
+from zimage_turbo.engine import ode, patches, sampling
+from zimage_turbo.engine.group import wire
 from zimage_turbo.engine.model import load_model
 from zimage_turbo.tests.weights import small_transformer
 

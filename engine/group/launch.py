@@ -1,0 +1,199 @@
+"""The processes of a group: torchrun as one child of this process, the ranks as torchrun's."""
+
+import contextlib
+import json
+import logging
+import os
+import re
+import secrets
+import subprocess
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Collection
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import folder_paths
+import psutil
+
+from . import loopback
+from .faults import GroupError
+
+INSIDE = Path(__file__).resolve().parent.parent.parent / "launcher" / "inside"
+PACKAGE = __package__.rsplit(".", 2)[0]
+DUTIES = "engine.duties"
+TOKEN = "ZIMAGE_GROUP_TOKEN"
+TAIL_LINES = 40
+GRACE_SECONDS = 1.0
+UNKILLABLE_SECONDS = 10.0
+LOOK_SECONDS = 0.02
+SAID = re.compile(r"rank \d+ (INFO|WARNING): ")
+MONITOR_SECONDS = 1  # torchrun ends all ranks when one has ended: later than we see which one it was
+
+
+@dataclass(frozen=True)
+class Hosts:
+    """Several machines that form one group; on the others, launcher/inside/node.py runs their ranks.
+
+    count: of machines; address: of this one for the others; rendezvous: a free port of it, for torchrun. All are given
+    the same token, in the environment's ZIMAGE_GROUP_TOKEN.
+    """
+
+    count: int
+    address: str
+    rendezvous: int
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What every rank is told.
+
+    devices: of this machine's ranks, 'cuda:N' as this process counts, or all 'cpu'. options: of ComfyUI's command line.
+    operations: modules of the pack whose OPERATIONS ranks know. first_port: where ranks look for free ports;
+    body_limit: bytes of a message; exchange_limit: seconds of one exchange between ranks.
+    """
+
+    devices: tuple[str, ...]
+    options: tuple[str, ...] = ()
+    operations: tuple[str, ...] = (DUTIES,)
+    first_port: int = loopback.FIRST_PORT
+    body_limit: int = 2 << 30
+    exchange_limit: float = 120.0
+    hosts: Hosts | None = None
+    package: str = field(default=PACKAGE, init=False)  # by whose name Triton finds kernels that this process compiled
+
+    @property
+    def address(self) -> str:
+        return self.hosts.address if self.hosts else loopback.ADDRESS
+
+
+class Processes:
+    """A start of torchrun. `tail`: the last lines that all of them printed, but for what is said in passing."""
+
+    def __init__(self, setup: Setup, token: str, report_to: str):
+        self.tail: deque[str] = deque(maxlen=TAIL_LINES)
+        self._agent = subprocess.Popen(
+            command(setup),
+            env=environment(setup, token, report_to),
+            stdin=subprocess.PIPE,  # never written to: see launcher/inside/lifeline.py
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        self._reader = threading.Thread(target=self._read, name="group-output", daemon=True)
+        self._reader.start()
+
+    def _read(self) -> None:
+        for raw in self._agent.stdout:
+            line = raw.decode(errors="replace").rstrip()
+            said = SAID.match(line)
+            if said and said[1] == "INFO":
+                logging.debug("Z-Image-Turbo: %s", line)
+                continue
+            self.tail.append(line)
+            if said and said[1] == "WARNING":  # an error is a fault, which is told of with the tail
+                logging.warning("Z-Image-Turbo: %s", line)
+
+    def exit_code(self) -> int | None:
+        """torchrun's; None while it runs."""
+        return self._agent.poll()
+
+    def end(self, ranks: list[psutil.Process]) -> None:
+        """End torchrun and all ranks, by SIGKILL what is left after GRACE_SECONDS. ranks: those on this machine.
+
+        Waits for them; no longer than UNKILLABLE_SECONDS for those that a driver holds even then.
+        """
+        left = set(ranks)
+        if self.exit_code() is None:
+            left |= set(psutil.Process(self._agent.pid).children(recursive=True))
+            self._agent.terminate()
+        left = _still_there(left, GRACE_SECONDS)
+        for process in left:  # before torchrun, which can then reap them: not every machine has somebody else who does
+            with contextlib.suppress(psutil.NoSuchProcess):  # ended meanwhile
+                process.kill()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._agent.wait(GRACE_SECONDS)
+        self._agent.kill()
+        held = _still_there(left, UNKILLABLE_SECONDS)
+        self._agent.stdin.close()
+        if held:
+            pids = ", ".join(str(process.pid) for process in held)
+            logging.error("Z-Image-Turbo: processes %s cannot be ended; what they hold of GPUs is not free.", pids)
+            return
+        self._agent.wait()
+        self._reader.join()
+        self._agent.stdout.close()
+
+
+def _still_there(processes: Collection[psutil.Process], seconds: float) -> list[psutil.Process]:
+    """Those that have not ended after so many seconds."""
+    deadline = time.monotonic() + seconds
+    while (left := [each for each in processes if not _ended(each)]) and time.monotonic() < deadline:
+        time.sleep(LOOK_SECONDS)
+    return left
+
+
+def _ended(process: psutil.Process) -> bool:
+    """Also a zombie, which only waits for somebody to ask for its exit code."""
+    try:
+        return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
+
+
+def new_token(setup: Setup) -> str:
+    """Of one start; of several machines the one that they were given. Raises GroupError where there is none."""
+    if not setup.hosts:
+        return secrets.token_urlsafe()
+    if not os.environ.get(TOKEN):
+        raise GroupError(f"multi-gpu on several machines needs the same secret in {TOKEN} on each, and it is not set.")
+    return os.environ[TOKEN]
+
+
+def command(setup: Setup) -> list[str]:
+    """torchrun, with one rank for each device."""
+    shape = ["--local-addr", setup.address, "--nproc-per-node", str(len(setup.devices))]
+    return [sys.executable, "-u", str(INSIDE / "agent.py"), *torchrun_options(setup), *shape, str(INSIDE / "rank.py")]
+
+
+def torchrun_options(setup: Setup) -> list[str]:
+    """Those that are the same on every machine."""
+    options = ["--max-restarts", "0", "--monitor-interval", str(MONITOR_SECONDS)]
+    if not setup.hosts:
+        return ["--standalone", *options]
+    endpoint = f"{setup.hosts.address}:{setup.hosts.rendezvous}"
+    meeting = ["--rdzv-backend", "c10d", "--rdzv-id", "z-image-turbo", "--rdzv-endpoint", endpoint]
+    return ["--nnodes", str(setup.hosts.count), *meeting, *options]
+
+
+def told(setup: Setup, report_to: str) -> dict:
+    """What every rank is told."""
+    return asdict(setup) | {"address": setup.address, "report_to": report_to}
+
+
+def comfyui() -> str:
+    """The host's tree."""
+    return str(Path(folder_paths.__file__).parent)
+
+
+def environment(setup: Setup, token: str, report_to: str) -> dict[str, str]:
+    """This process's own, with what ranks are told; the token is nowhere else."""
+    inherited = {name: value for name, value in os.environ.items() if not _unwanted(name, value)}
+    return inherited | {
+        "ZIMAGE_GROUP": json.dumps(told(setup, report_to)),
+        TOKEN: token,
+        "ZIMAGE_COMFYUI": comfyui(),
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS") or str(max(1, _cores() // len(setup.devices))),
+    }
+
+
+def _cores() -> int:
+    return psutil.cpu_count(logical=False) or os.cpu_count() or 1
+
+
+def _unwanted(name: str, value: str) -> bool:
+    """The programs in launcher/inside import their neighbours, which the first would forbid. CUDA's own allocator,
+    which the host chooses for itself, has no memory pools that graphs could share."""
+    return name == "PYTHONSAFEPATH" or (name == "PYTORCH_CUDA_ALLOC_CONF" and "cudaMallocAsync" in value)

@@ -1,0 +1,193 @@
+"""A MODEL and a VAE that the ranks of a group compute, one a GPU, while they stay what they are for every node.
+
+They hold their weights in this process too, where ComfyUI patches, saves and clones them. A run of our sampler, and the
+decoding of a batch, are spread over the ranks. What ranks cannot be told this process computes, and says so.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import comfy.model_management as management
+import comfy.model_sampling
+import comfy.sd
+import comfy.utils
+import latent_preview
+import torch
+from comfy.cli_args import args
+from comfy.patcher_extension import WrappersMP
+
+from . import cache_file, conditioning, devices, ode, patches, prompt_batch, spread
+from .catalogue import Parts
+from .group import wire
+from .group.coordinator import Group
+from .group.current import current
+from .group.launch import Setup
+
+ATTACHMENT = "zimage_multi_gpu"
+MODEL, PATCHES = "model", "patches"  # what ranks that take others' place are told again
+LOAD_LIMIT, PICTURE_LIMIT = 900.0, 600.0  # seconds
+# Options of ComfyUI that say how and where models are computed; all others are the server's alone.
+FLAGS = (
+    "force_fp32", "force_fp16", "fp32_unet", "bf16_unet", "fp16_unet", "fp16_vae", "fp32_vae", "bf16_vae", "cpu_vae",
+    "force_channels_last", "gpu_only", "highvram", "lowvram", "novram", "cpu", "disable_async_offload",
+    "disable_dynamic_vram", "enable_dynamic_vram", "disable_smart_memory", "disable_pinned_memory", "deterministic",
+)  # fmt: skip
+VALUES = ("base_directory", "user_directory", "reserve_vram", "vram_headroom")
+OnStep = Callable[[int, torch.Tensor, torch.Tensor, int], object]
+
+
+def options() -> tuple[str, ...]:
+    """Those of this process's own options that ranks are to follow."""
+    flags = [f"--{name.replace('_', '-')}" for name in FLAGS if getattr(args, name)]
+    values = [f"--{name.replace('_', '-')}={getattr(args, name)}" for name in VALUES if getattr(args, name)]
+    return (*flags, *values)
+
+
+@dataclass(frozen=True)
+class Spread:
+    """What ranks load, and which ranks: an attachment of a MODEL and all its clones."""
+
+    setup: Setup
+    diffusion_model: Path
+    vae: Path
+    precision: str
+    attention: str
+
+    @classmethod
+    def of(cls, parts: Parts, precision: str, attention: str, num_gpus: int) -> "Spread":
+        """Of what the loader is given. Raises ValueError for more GPUs than there are."""
+        setup = Setup(devices.ranks(num_gpus), options())
+        return cls(setup, parts.diffusion_model, parts.vae, precision, attention)
+
+    @property
+    def key(self) -> str:
+        """Under which ranks keep the models: another one for other models, or for files that have changed."""
+        files = (self.diffusion_model, self.vae)
+        return ";".join((self.precision, self.attention, *map(cache_file.source_of, files)))
+
+    def group(self) -> Group:
+        """The group of this process, these models on its ranks. Raises GroupError, and ValueError as the loader."""
+        group = current.group(self.setup)
+        wanted = {"diffusion_model": str(self.diffusion_model), "vae": str(self.vae), "key": self.key, "cache": False}
+        wanted |= {"precision": self.precision, "attention": self.attention}
+        if group.kept(MODEL) != wanted:
+            group.drop(PATCHES)
+            group.keep(MODEL, "load", wanted, LOAD_LIMIT, check=_interrupted)
+        return group
+
+
+def attach(model, vae: comfy.sd.VAE, given: Spread) -> None:
+    """Have a MODEL and a VAE of the loader computed by ranks."""
+    model.set_attachments(ATTACHMENT, given)
+    vae.__class__, vae.spread = SpreadVae, given
+
+
+def spread_of(model) -> Spread | None:
+    return model.get_attachment(ATTACHMENT)
+
+
+def refusal(model, positive: list) -> str | None:
+    """Why ranks cannot compute a run with this MODEL and CONDITIONING, or None."""
+    foreign = {kind for kind, wrappers in model.wrappers.items() if any(wrappers.values())} - {
+        WrappersMP.PREPARE_SAMPLING
+    }
+    prepare = [each for own in model.wrappers.get(WrappersMP.PREPARE_SAMPLING, {}).values() for each in own]
+    if foreign or prepare != [conditioning.nearby]:
+        return "another node wraps the model"
+    if any(model.model_options.get("transformer_options", {}).values()) or model.model_options.keys() > {
+        "transformer_options"
+    }:
+        return "another node changes how the model is computed"
+    if model.injections or model.hook_patches or model.additional_models:
+        return "the model has a bypass LoRA, hooks or further models"
+    if any(name != "model_sampling" or not _same_flow(model, each) for name, each in model.object_patches.items()):
+        return "another node replaced a part of the model"
+    try:
+        patches.as_tree(model)
+        wire.pack([prompt_batch.split(positive)])
+    except (ValueError, wire.Unsendable) as error:
+        return str(error)
+    return None
+
+
+def _same_flow(model, patched) -> bool:
+    """Whether noise levels mean the same: shifts only choose among them, and our sampler is given its own."""
+    own = model.model.model_sampling
+    return isinstance(patched, comfy.model_sampling.CONST) and patched.multiplier == own.multiplier
+
+
+def sample(
+    model,
+    positive: list,
+    noise: torch.Tensor,
+    start: torch.Tensor,
+    mask: torch.Tensor | None,
+    seed: int,
+    levels: torch.Tensor,
+    solver: str,
+    tolerance: float,
+    callback: OnStep,
+) -> tuple[torch.Tensor, list[ode.Report]]:
+    """What a guider's run gives, each picture as one GPU draws it by itself, with what each run did.
+
+    noise, start [B, 16, h, w]; mask as LATENT has it. callback: the host's, of all pictures' steps together.
+    """
+    given = spread_of(model)
+    group = given.group()
+    _have_patches(group, given.key, model)
+    prompts, count = prompt_batch.split(positive), len(start)
+    masks = _masks(mask, count)
+    pictures = [
+        {
+            "noise": noise[row : row + 1], "latent": start[row : row + 1].cpu(), "mask": masks[row], "seed": seed,
+            "positive": prompts[row % len(prompts)],
+        }
+        for row in range(count)
+    ]  # fmt: skip
+    steps, done = (len(levels) - 1) * count, iter(range((len(levels) - 1) * count))
+
+    def on_step(picture: int, step: int, of: int, clean: torch.Tensor | None) -> None:
+        callback(next(done, steps - 1), clean, clean, steps)
+
+    previews = latent_preview.get_previewer(model.load_device, model.model.latent_format) is not None
+    common = {"key": given.key, "sigmas": levels, "solver": solver, "tolerance": tolerance}
+    common |= {"decode": False, "previews": previews}
+    results = spread.draw(group, common, pictures, PICTURE_LIMIT * count, on_step, _interrupted)
+    return torch.cat([each["latent"] for each in results]), [ode.Report.of(each["report"]) for each in results]
+
+
+def _masks(mask: torch.Tensor | None, count: int) -> Sequence[torch.Tensor | None]:
+    if mask is None:
+        return [None] * count
+    rows = mask.reshape(-1, 1, *mask.shape[-2:])
+    return comfy.utils.repeat_to_batch_size(rows, count).split(1)
+
+
+def _have_patches(group: Group, key: str, model) -> None:
+    """The MODEL's LoRA and other patches on every rank, and those of no other."""
+    wanted = patches.as_tree(model)
+    kept = group.kept(PATCHES)
+    if kept is None and not wanted["patches"]:
+        return
+    if kept is None or kept["tree"]["uuid"] != wanted["uuid"]:
+        group.keep(PATCHES, "patch", {"key": key, "tree": wanted}, LOAD_LIMIT, check=_interrupted)
+
+
+def _interrupted() -> None:
+    management.throw_exception_if_processing_interrupted()
+
+
+class SpreadVae(comfy.sd.VAE):
+    """A VAE whose batches are decoded by ranks, whole pictures on each."""
+
+    spread: Spread
+
+    def decode(self, samples_in: torch.Tensor, vae_options: dict[str, Any] = {}) -> torch.Tensor:
+        if samples_in.ndim != 4 or len(samples_in) < 2 or vae_options or self.patcher.patches:
+            return super().decode(samples_in, vae_options)
+        latents = list(samples_in.float().cpu().split(1))
+        limit = PICTURE_LIMIT * len(latents)
+        decoded = spread.decode(self.spread.group(), self.spread.key, latents, limit, _interrupted)
+        return torch.cat(decoded).to(self.output_device)

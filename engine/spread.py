@@ -1,0 +1,73 @@
+"""Whole pictures spread over the ranks of a group: in order, each as one GPU draws it for its noise."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+from . import plan
+from .group import wire
+from .group.coordinator import Group
+
+OnStep = Callable[[int, int, int, torch.Tensor | None], object]
+
+
+def draw(
+    group: Group,
+    common: dict[str, wire.Tree],
+    images: Sequence[dict[str, wire.Tree]],
+    limit_s: float,
+    on_step: OnStep = lambda image, step, steps, preview: None,
+    check: Callable[[], object] | None = None,
+) -> list[dict[str, wire.Tree]]:
+    """What `duties.draw` tells of each image, in the order of `images`.
+
+    common and images: its request, images without their numbers. on_step(image, step, steps, preview) as steps are
+    done, by whichever rank; what it or check() raises stops all. limit_s: seconds for all images. Images that are there
+    when a rank fails are kept, and the others are drawn by the ranks that take its place. Raises as `Group.call` does.
+    """
+
+    def on_told(told: dict) -> bool:
+        if "step" in told:
+            on_step(told["image"], told["step"], told["steps"], told["preview"])
+        return "step" not in told
+
+    return _spread(group, "draw", common, images, limit_s, on_told, check)
+
+
+def decode(
+    group: Group, key: str, latents: Sequence[torch.Tensor], limit_s: float, check: Callable[[], object] | None = None
+) -> list[torch.Tensor]:
+    """The picture [1, H, W, 3] of each latent [1, 16, h, w], in order. Otherwise as `draw`."""
+    images = [{"latent": latent} for latent in latents]
+    results = _spread(group, "decode", {"key": key}, images, limit_s, lambda told: True, check)
+    return [told["picture"] for told in results]
+
+
+def _spread(
+    group: Group,
+    operation: str,
+    common: dict[str, wire.Tree],
+    images: Sequence[dict[str, wire.Tree]],
+    limit_s: float,
+    is_result: Callable[[dict], bool],
+    check: Callable[[], object] | None,
+) -> list[dict[str, wire.Tree]]:
+    """What is told of each image that is_result(told), which sees all that is told."""
+    results: dict[int, dict] = {}
+
+    def requests(size: int) -> dict[int, wire.Tree]:
+        left = [number for number in range(len(images)) if number not in results]
+        if not left:
+            return {}
+        shares = plan.choose(len(left), [range(size)], plan.IMAGES)
+        return {
+            rank: common | {"images": [images[left[place]] | {"number": left[place]} for place in places]}
+            for (rank,), places in zip(shares.groups, shares.images, strict=True)
+        }
+
+    def on_progress(rank: int, told: dict) -> None:
+        if is_result(told):
+            results[told["image"]] = told
+
+    group.call(operation, requests, limit_s, on_progress, check)
+    return [results[number] for number in range(len(images))]

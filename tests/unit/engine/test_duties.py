@@ -1,0 +1,181 @@
+"""What ranks do, on the demo: to the bit the pictures that this process draws, in order, whatever rank draws them."""
+
+import contextlib
+import threading
+
+import psutil
+import pytest
+import torch
+
+from zimage_turbo.engine import catalogue, ode, sampling, spread, text
+from zimage_turbo.engine.group.coordinator import Group
+from zimage_turbo.engine.group.faults import Refused
+from zimage_turbo.engine.group.launch import Setup
+from zimage_turbo.engine.group.team import Limits
+
+LIMIT = 180.0
+PROMPTS = ("a red circle at the top left", 'a white sign that says "AB"', "a small blue star below a green square")
+SIZES = ((128, 128), (96, 160), (128, 96), (160, 96), (112, 128))
+STEPS = 4
+
+
+@pytest.fixture(scope="module")
+def group():
+    with contextlib.closing(Group(Setup(("cpu", "cpu")), Limits(start=LIMIT))) as made:
+        keep_demo(made)
+        yield made
+
+
+def keep_demo(group):
+    parts = catalogue.resolve("demo", "auto", "auto")
+    models = {"diffusion_model": str(parts.diffusion_model), "vae": str(parts.vae)}
+    request = models | {"key": "demo", "precision": "auto", "attention": "auto", "cache": False}
+    group.keep("demo", "load", request, LIMIT)
+
+
+@pytest.fixture(scope="module")
+def positives(demo):
+    with torch.inference_mode():
+        return [text.encode(demo[1], prompt) for prompt in PROMPTS]
+
+
+@pytest.fixture
+def one_thread():
+    """As ranks compute: other numbers of threads may add in another order."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def common(**changes):
+    settings = {"key": "demo", "sigmas": ode.sigmas(STEPS), "solver": "official", "tolerance": 0.05}
+    return settings | {"decode": True, "previews": False} | changes
+
+
+def images(positives, count=5):
+    """Of several prompts and sizes."""
+    made = []
+    for number in range(count):
+        width, height = SIZES[number % len(SIZES)]
+        start = torch.zeros(1, 16, height // 8, width // 8)
+        noise = torch.randn(start.shape, generator=torch.Generator().manual_seed(number))
+        positive = positives[number % len(positives)]
+        made.append({"noise": noise, "latent": start, "mask": None, "seed": number, "positive": positive})
+    return made
+
+
+def drawn_here(demo, image):
+    patcher, _, vae = demo
+    height, width = image["noise"].shape[-2:]
+    empty = sampling.empty_latent(patcher, 8 * width, 8 * height, 1)
+    latent = sampling.sample(patcher, image["positive"], empty, image["seed"], ode.sigmas(STEPS))["samples"]
+    return latent, vae.decode(latent)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def threads_of_ranks():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")
+        yield
+
+
+def test_five_images_on_two_ranks_are_those_of_one_process(group, demo, positives, one_thread):
+    wanted, steps = images(positives), []
+    drawn = spread.draw(group, common(), wanted, LIMIT, lambda image, *step: steps.append((image, *step)))
+    assert [result["image"] for result in drawn] == [0, 1, 2, 3, 4]
+    for image, result in zip(wanted, drawn, strict=True):
+        latent, picture = drawn_here(demo, image)
+        assert torch.equal(result["latent"], latent) and torch.equal(result["picture"], picture)
+        assert result["report"]["nfe"] == STEPS
+    for image in range(5):
+        assert [step for each, *step in steps if each == image] == [[step + 1, STEPS, None] for step in range(STEPS)]
+
+
+def test_both_ranks_draw(group, positives):
+    ranks = set()
+    shares = {0: 3, 1: 2}
+
+    def on_progress(rank, told):
+        ranks.add((rank, told["image"]))
+
+    wanted = [image | {"number": number} for number, image in enumerate(images(positives))]
+    plan = {0: common() | {"images": wanted[:3]}, 1: common() | {"images": wanted[3:]}}
+    group.call("draw", lambda size: plan, LIMIT, on_progress)
+    assert {rank: len({image for each, image in ranks if each == rank}) for rank in shares} == shares
+
+
+def test_previews_are_clean_latents_on_the_way(group, positives):
+    (image,), previews = images(positives, 1), []
+    (result,) = spread.draw(
+        group, common(previews=True, decode=False), [image], LIMIT, lambda *step: previews.append(step[-1])
+    )
+    assert len(previews) == STEPS and all(each.shape == image["noise"].shape for each in previews)
+    assert result["picture"] is None
+
+
+def test_one_evaluation(group, demo, positives, one_thread):
+    patcher = demo[0]
+    x, timesteps = torch.randn(2, 16, 12, 10), torch.tensor([0.3, 0.8])
+    context = positives[0][0][0].expand(2, -1, -1)
+    request = {"key": "demo", "x": x, "timesteps": timesteps, "context": context, "num_tokens": context.shape[1]}
+    request |= {"attention_mask": None, "options": {"sigmas": timesteps, "uuids": ["a", "b"]}, "arguments": {}}
+    there = group.call("evaluate", lambda size: {1: request}, LIMIT)[1]
+    here = patcher.model.diffusion_model(x, timesteps, context, context.shape[1], None, transformer_options={})
+    assert torch.equal(there, here)
+
+
+def test_cancel_leaves_the_ranks_well(group, positives):
+    pids = [rank["pid"] for rank in group.document()["ranks"]]
+
+    def interrupted(*step):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        spread.draw(group, common(sigmas=ode.sigmas(100)), images(positives, 2), LIMIT, interrupted)
+    assert len(spread.draw(group, common(), images(positives, 2), LIMIT)) == 2
+    assert [rank["pid"] for rank in group.document()["ranks"]] == pids
+
+
+@pytest.mark.parametrize(
+    ("operation", "request_", "words"),
+    [
+        ("draw", common(key="other", images=[]), "rank 0 holds no model 'other', but: demo."),
+        ("load", {"key": "no", "diffusion_model": "/nowhere/no.safetensors", "vae": None, "precision": "auto",
+                  "attention": "auto", "cache": False}, "'no.safetensors' is not there. Put it back"),
+        ("load", {"key": "no", "diffusion_model": str(catalogue.DEMO_FOLDER / "transformer"), "vae": None,
+                  "precision": "fp8", "attention": "auto", "cache": False}, "precision 'fp8' cannot be used on cpu"),
+    ],
+    ids=["a model that was not loaded", "a file that is not there", "a precision that the device lacks"],
+)  # fmt: skip
+def test_wrong_requests(group, operation, request_, words):
+    with pytest.raises(Refused) as raised:
+        group.call(operation, lambda size: {0: request_}, LIMIT)
+    assert words in str(raised.value)
+    keep_demo(group)  # one that cannot be loaded has taken its place
+
+
+def test_images_that_are_there_when_a_rank_is_killed_are_kept(group, demo, positives, one_thread):
+    """The others are drawn anew, by ranks that load the model again."""
+    wanted, begun, latents = images(positives), [], []
+    victim, killer = psutil.Process(group.document()["ranks"][0]["pid"]), threading.Event()
+
+    def on_step(image, step, steps, preview):
+        begun.append((image, step))
+        if (image, step) == (1, 1) and not killer.is_set():
+            killer.set()
+            victim.kill()
+
+    for result in spread.draw(group, common(decode=False), wanted, LIMIT, on_step):
+        latents.append(result["latent"])
+    assert all(torch.equal(latent, drawn_here(demo, image)[0]) for latent, image in zip(latents, wanted, strict=True))
+    assert begun.count((0, 1)) == 1, "the first image was there, and is not drawn twice"
+    assert begun.count((1, 1)) == 2
+    assert "rank 0 (cpu) ended during 'draw'" in group.document()["last_fault"]["what"]
+
+
+def test_forgotten_models_are_gone(group, positives):
+    group.call("forget", lambda size: {1: {"key": "demo"}}, LIMIT)
+    group.call("forget", lambda size: {1: {"key": "demo"}}, LIMIT)
+    with pytest.raises(Refused, match="rank 1 holds no model 'demo', but: none"):
+        group.call("draw", lambda size: {1: common(images=[])}, LIMIT)

@@ -1,0 +1,149 @@
+"""multi-gpu through the loader's MODEL and VAE, on two ranks without a GPU: the pictures of one process, to the bit."""
+
+import json
+
+import comfy.model_management as management
+import comfy.sd
+import comfy_extras.nodes_model_advanced as advanced
+import pytest
+import torch
+
+from zimage_turbo.engine import devices, multi, ode, sampling, text
+from zimage_turbo.engine.group.current import current
+from zimage_turbo.nodes.loader import ZImageTurboLoader
+from zimage_turbo.nodes.sampler import ZImageTurboSampler
+from zimage_turbo.nodes.text_encoder import ZImageTurboTextEncode
+
+PROMPTS = 'a red circle at the top left\na white sign that says "AB"\na small blue star below a green square'
+SIDE, STEPS = 128, 3
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread():
+    """Here and on ranks: other numbers of threads may add in another order."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")
+        yield
+    torch.set_num_threads(before)
+    current.close()
+
+
+@pytest.fixture(scope="module")
+def spread():
+    """MODEL, CLIP and VAE of the demo on two ranks."""
+    with torch.inference_mode():
+        return ZImageTurboLoader.execute("demo", "auto", "auto", "auto", "multi-gpu").args
+
+
+def drawn(model, positive, **changes):
+    settings = {"seed": 5, "steps": STEPS, "denoise": 1.0, "width": SIDE, "height": SIDE, "batch_size": 1} | changes
+    return ZImageTurboSampler.execute(model, positive, **settings)
+
+
+def one_by_one(model, positives, seed=5):
+    """Each prompt alone on this process, from the noise of its row."""
+    latents = []
+    for row, positive in enumerate(positives):
+        latent = sampling.empty_latent(model, SIDE, SIDE, 1) | {"batch_index": [row]}
+        latents.append(sampling.sample(model, positive, latent, seed, ode.sigmas(STEPS))["samples"])
+    return torch.cat(latents)
+
+
+def test_a_batch_of_prompts(spread, demo):
+    model, clip, vae = spread
+    positive = ZImageTurboTextEncode.execute(clip, PROMPTS, one_per_line=True)[0]
+    latent, report, *_ = drawn(model, positive).args
+    wanted = one_by_one(demo[0], [text.encode(demo[1], line) for line in PROMPTS.split("\n")])
+    assert torch.equal(latent["samples"], wanted)
+    assert f'"nfe": {STEPS}' in report
+    assert torch.equal(vae.decode(latent["samples"]), torch.cat([demo[2].decode(row) for row in wanted.split(1)]))
+    state = current.document()
+    assert state["state"] == "ok" and len(state["ranks"]) == 2
+
+
+def test_pictures_of_one_prompt(spread, demo):
+    positive = text.encode(demo[1], "a red circle")
+    latent = drawn(spread[0], positive, batch_size=3)[0]["samples"]
+    assert torch.equal(latent, one_by_one(demo[0], [positive] * 3))
+
+
+def test_adaptive_says_what_each_picture_took(spread, demo):
+    positive = ZImageTurboTextEncode.execute(spread[1], PROMPTS, one_per_line=True)[0]
+    node = drawn(spread[0], positive, steps=12, solver="adaptive", tolerance=0.02)
+    alone = [text.encode(demo[1], line) for line in PROMPTS.split("\n")]
+    reports = []
+    for row, each in enumerate(alone):
+        latent = sampling.empty_latent(demo[0], SIDE, SIDE, 1) | {"batch_index": [row]}
+        reports += sampling.sample_and_report(demo[0], each, latent, 5, ode.sigmas(12), "adaptive", 0.02)[1]
+    assert [ode.Report.of(told) for told in _list(node[1])] == ode.common(reports)
+
+
+def _list(report: str) -> list:
+    told = json.loads(report)
+    return told if isinstance(told, list) else [told]
+
+
+def test_a_lora_reaches_every_rank_and_leaves(spread, demo):
+    generator = torch.Generator().manual_seed(1)
+    width = demo[0].model.diffusion_model.dim
+    file = {
+        f"diffusion_model.layers.0.attention.out.lora_{part}.weight": torch.randn(shape, generator=generator) * 0.2
+        for part, shape in (("A", (4, width)), ("B", (width, 4)))
+    }
+    positive = text.encode(demo[1], "a red circle")
+    there, here = (comfy.sd.load_lora_for_models(each[0], None, file, 1.0, 0.0)[0] for each in (spread, demo))
+    plain = drawn(spread[0], positive, batch_size=2)[0]["samples"]
+    with_lora = drawn(there, positive, batch_size=2)[0]["samples"]
+    wanted = one_by_one(here, [positive] * 2)
+    management.unload_all_models()
+    assert torch.equal(with_lora, wanted) and not torch.equal(with_lora, plain)
+    assert torch.equal(drawn(spread[0], positive, batch_size=2)[0]["samples"], plain)
+
+
+def test_image_to_image_with_a_mask(spread, demo):
+    positive, latent = text.encode(demo[1], "a red circle"), torch.randn(2, 16, SIDE // 8, SIDE // 8)
+    mask = (torch.rand(2, 1, SIDE, SIDE) > 0.5).float()
+    both = drawn(spread[0], positive, denoise=0.6, latent_image={"samples": latent, "noise_mask": mask})[0]["samples"]
+    for row in range(2):
+        start = {"samples": latent[row : row + 1], "noise_mask": mask[row : row + 1], "batch_index": [row]}
+        alone = drawn(demo[0], positive, denoise=0.6, latent_image=start)[0]["samples"]
+        assert torch.equal(both[row : row + 1], alone)
+
+
+def test_a_shift_node_changes_nothing_for_our_sampler(spread, demo):
+    (shifted,) = advanced.ModelSamplingAuraFlow().patch_aura(spread[0], 3.0)
+    assert multi.refusal(shifted, text.encode(demo[1], "a star")) is None
+
+
+def test_what_ranks_cannot_be_told_is_computed_here(spread, demo, caplog):
+    caplog.set_level("INFO")
+    positive = text.encode(demo[1], "a red circle")
+    wrapped = spread[0].clone()
+    wrapped.set_model_unet_function_wrapper(lambda apply, given: apply(given["input"], given["timestep"], **given["c"]))
+    latent = drawn(wrapped, positive)[0]["samples"]
+    assert torch.equal(latent, one_by_one(demo[0], [positive]))
+    assert "computed by one GPU alone, as another node changes how the model is computed" in caplog.text
+
+
+def test_interrupt_stops_all_and_the_next_prompt_runs(spread, demo, monkeypatch):
+    positive = text.encode(demo[1], "a red circle")
+    calls = iter([False] * 4 + [True])
+
+    def interrupted():
+        if next(calls, False):
+            raise management.InterruptProcessingException
+
+    with monkeypatch.context() as patch:
+        patch.setattr(management, "throw_exception_if_processing_interrupted", interrupted)
+        with pytest.raises(management.InterruptProcessingException):
+            drawn(spread[0], positive, batch_size=4, steps=60)
+    assert torch.equal(drawn(spread[0], positive)[0]["samples"], one_by_one(demo[0], [positive]))
+
+
+def test_more_gpus_than_there_are(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert devices.ranks(0) == ("cuda:0", "cuda:1") and devices.ranks(1) == ("cuda:0",)
+    with pytest.raises(ValueError, match="num_gpus is 3, but there are 2"):
+        devices.resolve("multi-gpu", 3)

@@ -11,18 +11,16 @@ def options() -> list[str]:
     return [AUTO, *gpus, CPU, MULTI_GPU]
 
 
-def resolve(name: str, num_gpus: int = 0) -> torch.device | None:
+def resolve(name: str) -> torch.device | None:
     """Where this process computes; None for 'auto' and 'multi-gpu': the host chooses.
 
-    Raises ValueError for a device that is not there, and with 'multi-gpu' for more GPUs than are.
+    Raises ValueError for a device that is not there.
     """
     if name not in options():
         raise ValueError(
             f"device '{name}' is not on this machine, which has: {', '.join(options())}. "
             "Choose one of them; 'auto' always works."
         )
-    if name == MULTI_GPU:
-        ranks(num_gpus)
     return None if name in (AUTO, MULTI_GPU) else torch.device(name)
 
 

@@ -1,7 +1,10 @@
 """What every rank can be asked to do: hold models, evaluate the denoiser once, draw and decode whole pictures."""
 
+import contextlib
 import gc
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -9,20 +12,38 @@ import comfy.model_management as management
 import comfy.samplers
 import torch
 
-from . import patches, sampling
+from . import patches, plan, sampling
+from .graphs import WARM_UP
 from .group import wire
-from .group.jobs import Job
+from .group.jobs import Cancelled, Job
 from .group.worker import Rank
 from .model import load_model
+from .together import Together
+from .turbo import Joint
 from .vae import load_vae
+
+TIMED = 4  # evaluations
 
 
 @dataclass
 class Loaded:
-    """A MODEL of the host, with the patches that it was last given, and the VAE if there is one."""
+    """A MODEL of the host, with the patches that it was last given, and the VAE if there is one; for other ranks that
+    it is computed with, by their numbers, how."""
 
     model: Any
     vae: Any
+    joints: dict[tuple[int, ...], Joint] = field(default_factory=dict)
+
+    @contextlib.contextmanager
+    def joined(self, together: Together | None) -> Iterator[None]:
+        """The denoiser is computed together with other ranks; None: by this one alone."""
+        module = self.model.model.diffusion_model
+        if together is not None:
+            module.joint = self.joints.setdefault(together.members, Joint(together.ranks))
+        try:
+            yield
+        finally:
+            module.joint = None
 
 
 def load(rank: Rank, job: Job) -> wire.Tree:
@@ -71,6 +92,7 @@ def evaluate(rank: Rank, job: Job) -> wire.Tree:
     request: key; x [B, 16, H, W], timesteps [B], context [B, T, C] in the type that the model computes in; num_tokens,
     attention_mask, options (the host's transformer_options), arguments (the rest by name).
     """
+    job.check()
     given = job.request
     model = kept(rank, given["key"]).model
     management.load_models_gpu([model])
@@ -84,34 +106,107 @@ def evaluate(rank: Rank, job: Job) -> wire.Tree:
     )
 
 
+def meet(rank: Rank, job: Job) -> wire.Tree:
+    """Let ranks of each island draw pictures together, so many a picture; asked of all ranks, once for each size.
+
+    request: size, and islands, lists of ranks' numbers, of which there may be fewer now.
+    """
+    for members in teams(job.request["islands"], job.request["size"], rank.size):
+        if members not in rank.together:
+            rank.together[members] = Together(members, rank.number, rank.device)
+    return None
+
+
+def teams(islands: list[list[int]], size: int, ranks: int) -> tuple[tuple[int, ...], ...]:
+    """Ranks that draw a picture together, of as many ranks as there are."""
+    return plan.groups_of([[number for number in island if number < ranks] for island in islands], size)
+
+
+def measure(rank: Rank, job: Job) -> wire.Tree:
+    """Seconds of one evaluation of the denoiser by how many ranks compute it, each number as a string.
+
+    request: key; sizes of teams that have met, 1 for a rank alone; islands as for `meet`; shape of a latent, and tokens
+    of a prompt. Asked of all ranks.
+    """
+    given, seconds = job.request, {}
+    loaded = kept(rank, given["key"])
+    module, dtype = loaded.model.model.diffusion_model, loaded.model.model.get_dtype_inference()
+    device = loaded.model.load_device
+    management.load_models_gpu([loaded.model])
+    x = torch.randn(given["shape"], device=device, dtype=dtype)
+    context = torch.randn(1, given["tokens"], module.cap_embedder[1].in_features, device=device, dtype=dtype)
+    time_of = torch.full((1,), 0.5, device=device, dtype=dtype)
+
+    def evaluate() -> None:
+        module(x, time_of, context, given["tokens"], transformer_options={"uuids": ["measure"]})
+
+    for size in given["sizes"]:
+        own = [members for members in teams(given["islands"], size, rank.size) if rank.number in members]
+        if own:
+            with loaded.joined(_together(rank, own[0]) if size > 1 else None):
+                seconds[str(size)] = _seconds(evaluate, device)
+    return seconds
+
+
+def _seconds(function: Callable[[], object], device: torch.device) -> float:
+    """Of one call, after those that compile and capture."""
+    for _ in range(WARM_UP + 1):
+        function()
+    synchronise = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    synchronise()
+    began = time.perf_counter()
+    for _ in range(TIMED):
+        function()
+    synchronise()
+    return (time.perf_counter() - began) / TIMED
+
+
 def draw(rank: Rank, job: Job) -> wire.Tree:
     """Whole runs of the sampler, one picture after the other, each told of as soon as it is there.
 
     request: key; images, of each number, noise and latent [1, 16, h, w] as the guider takes them, mask (or None), seed
     and positive, a CONDITIONING; sigmas [steps + 1], solver, tolerance; decode: whether pictures are wanted; previews:
-    whether clean latents are told of at each step. Tells {image, step, steps, preview}, and of each result {image,
-    latent [1, 16, h, w], picture [1, H, W, 3] or None, report}. Cancelled between steps.
+    whether clean latents are told of at each step; ranks: the numbers of those that are asked the same, and compute it
+    together, or None. Tells {image, step, steps, preview}, and of each result {image, latent [1, 16, h, w], picture
+    [1, H, W, 3] or None, report}; of several ranks the first does. Cancelled between steps, by all of them at once.
     """
-    loaded = kept(rank, job.request["key"])
+    loaded, together = kept(rank, job.request["key"]), _together(rank, job.request["ranks"])
     if job.request["decode"] and loaded.vae is None:
         raise ValueError(f"pictures are wanted, but '{job.request['key']}' was loaded without a VAE.")
-    for image in job.request["images"]:
-        latent, report = _drawn(loaded.model, image, job)
-        picture = loaded.vae.decode(latent) if job.request["decode"] else None
-        job.check()
-        about = report.as_dict()
-        job.tell({"image": image["number"], "latent": latent, "picture": picture, "report": about})
+    with loaded.joined(together):
+        for image in job.request["images"]:
+            latent, report = _drawn(loaded.model, image, job, together)
+            if together is not None and not together.leads:
+                continue
+            picture = loaded.vae.decode(latent) if job.request["decode"] else None
+            job.tell({"image": image["number"], "latent": latent, "picture": picture, "report": report.as_dict()})
     return None
 
 
-def _drawn(model, image: dict, job: Job) -> tuple[torch.Tensor, Any]:
+def _together(rank: Rank, numbers: list[int] | None) -> Together | None:
+    if numbers is None:
+        return None
+    if tuple(numbers) not in rank.together:
+        raise ValueError(f"ranks {numbers} were not asked to meet, but: {list(rank.together) or 'none'}.")
+    return rank.together[tuple(numbers)]
+
+
+def _drawn(model, image: dict, job: Job, together: Together | None) -> tuple[torch.Tensor, Any]:
     given = job.request
 
-    def on_step(step: int, clean: torch.Tensor, x: torch.Tensor, steps: int) -> None:
-        job.check()
-        preview = clean if given["previews"] else None
-        job.tell({"image": image["number"], "step": step + 1, "steps": steps, "preview": preview})
+    def check() -> None:
+        if together is None:
+            job.check()
+        elif together.any(job.cancelled):  # one that stopped by itself would be waited for by the others
+            raise Cancelled
 
+    def on_step(step: int, clean: torch.Tensor, x: torch.Tensor, steps: int) -> None:
+        check()
+        if together is None or together.leads:
+            preview = clean if given["previews"] else None
+            job.tell({"image": image["number"], "step": step + 1, "steps": steps, "preview": preview})
+
+    check()
     reports = []
     guider = comfy.samplers.CFGGuider(model)
     guider.inner_set_conds({"positive": image["positive"]})
@@ -148,4 +243,4 @@ def kept(rank: Rank, key: str) -> Loaded:
     return rank.models[key]
 
 
-OPERATIONS = {"load": load, "forget": forget, "patch": patch, "evaluate": evaluate, "draw": draw, "decode": decode}
+OPERATIONS = {each.__name__: each for each in (load, forget, patch, meet, measure, evaluate, draw, decode)}

@@ -5,7 +5,7 @@ decoding of a batch, are spread over the ranks. What ranks cannot be told this p
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ import torch
 from comfy.cli_args import args
 from comfy.patcher_extension import WrappersMP
 
-from . import cache_file, conditioning, devices, ode, patches, prompt_batch, spread
+from . import cache_file, conditioning, devices, ode, patches, plan, progress, prompt_batch, spread, topology
 from .catalogue import Parts
 from .group import wire
 from .group.coordinator import Group
@@ -26,7 +26,7 @@ from .group.current import current
 from .group.launch import Setup
 
 ATTACHMENT = "zimage_multi_gpu"
-MODEL, PATCHES = "model", "patches"  # what ranks that take others' place are told again
+MODEL, PATCHES, MEETING = "model", "patches", "meeting"  # what ranks that take others' place are told again
 LOAD_LIMIT, PICTURE_LIMIT = 900.0, 600.0  # seconds
 # Options of ComfyUI that say how and where models are computed; all others are the server's alone.
 FLAGS = (
@@ -47,19 +47,24 @@ def options() -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Spread:
-    """What ranks load, and which ranks: an attachment of a MODEL and all its clones."""
+    """What ranks load, which ranks, and how they share work: an attachment of a MODEL and all its clones.
+
+    split: of `plan.SPLITS`. seconds: of an evaluation by how many ranks compute it, by the latent's height and width.
+    """
 
     setup: Setup
     diffusion_model: Path
     vae: Path
     precision: str
     attention: str
+    split: str
+    seconds: dict[tuple[int, ...], dict[int, float]] = field(default_factory=dict, compare=False)
 
     @classmethod
-    def of(cls, parts: Parts, precision: str, attention: str, num_gpus: int) -> "Spread":
+    def of(cls, parts: Parts, precision: str, attention: str, num_gpus: int = 0, split: str = plan.AUTO) -> "Spread":
         """Of what the loader is given. Raises ValueError for more GPUs than there are."""
         setup = Setup(devices.ranks(num_gpus), options())
-        return cls(setup, parts.diffusion_model, parts.vae, precision, attention)
+        return cls(setup, parts.diffusion_model, parts.vae, precision, attention, split)
 
     @property
     def key(self) -> str:
@@ -77,6 +82,49 @@ class Spread:
             group.keep(MODEL, "load", wanted, LOAD_LIMIT, check=_interrupted)
         return group
 
+    def choice(self, group: Group, latent: torch.Size, tokens: int) -> spread.Choose:
+        """Which ranks draw which pictures of this size, [.., h, w]; those that are to draw together meet first."""
+        islands = _islands(self.setup.devices)
+        sizes = range(2, max(map(len, islands)) + 1) if self.split != plan.IMAGES else ()
+        if self.split == plan.SEQUENCE:
+            sizes = sizes[-1:]
+        elif self.setup.devices[0] == devices.CPU:  # whose cores one rank has as well as two
+            sizes = ()
+        for size in sizes:
+            if not group.kept(f"{MEETING} {size}"):
+                request = {"islands": islands, "size": size}
+                group.keep(f"{MEETING} {size}", "meet", request, LOAD_LIMIT, check=_interrupted)
+        if sizes and self.split == plan.AUTO and latent[-2:] not in self.seconds:
+            self.seconds[latent[-2:]] = self._measured(group, [1, *sizes], islands, latent, tokens)
+        seconds = self.seconds.get(latent[-2:])
+
+        def choose(images: int, ranks: int) -> plan.Plan:
+            left = [[number for number in island if number < ranks] for island in islands]
+            chosen = plan.choose(images, [island for island in left if island], self.split, seconds)
+            progress.tell(f"multi-gpu: {chosen.reason}")
+            return chosen
+
+        return choose
+
+    def _measured(
+        self, group: Group, sizes: list[int], islands: list[list[int]], latent: torch.Size, tokens: int
+    ) -> dict[int, float]:
+        """Seconds of the slowest rank."""
+        progress.tell("multi-gpu: measuring by how many GPUs a picture of this size is drawn fastest")
+        request = {"key": self.key, "sizes": sizes, "islands": islands, "shape": [1, *latent[1:]], "tokens": tokens}
+        told = group.call("measure", lambda ranks: dict.fromkeys(range(ranks), request), LOAD_LIMIT, check=_interrupted)
+        found = {size: [own[str(size)] for own in told.values() if str(size) in own] for size in sizes}
+        return {size: max(seconds) for size, seconds in found.items() if seconds}
+
+
+def _islands(names: Sequence[str]) -> list[list[int]]:
+    """The numbers of ranks that fast links join: of GPUs by NVLink, of the processor all."""
+    if names[0] == devices.CPU:
+        return [list(range(len(names)))]
+    numbers = {int(name.removeprefix("cuda:")): number for number, name in enumerate(names)}
+    found = [[numbers[index] for index in island if index in numbers] for island in topology.read().islands()]
+    return [island for island in found if island]
+
 
 def attach(model, vae: comfy.sd.VAE, given: Spread) -> None:
     """Have a MODEL and a VAE of the loader computed by ranks."""
@@ -88,22 +136,21 @@ def spread_of(model) -> Spread | None:
     return model.get_attachment(ATTACHMENT)
 
 
-def refusal(model, positive: list) -> str | None:
-    """Why ranks cannot compute a run with this MODEL and CONDITIONING, or None."""
-    foreign = {kind for kind, wrappers in model.wrappers.items() if any(wrappers.values())} - {
-        WrappersMP.PREPARE_SAMPLING
-    }
+def refusal(model, positive: list, solver: str) -> str | None:
+    """Why ranks cannot compute a run with this MODEL, CONDITIONING and solver, or None."""
     prepare = [each for own in model.wrappers.get(WrappersMP.PREPARE_SAMPLING, {}).values() for each in own]
-    if foreign or prepare != [conditioning.nearby]:
+    others = [own for kind, own in model.wrappers.items() if kind != WrappersMP.PREPARE_SAMPLING]
+    changes = dict(model.model_options)
+    if any(map(any, others)) or prepare != [conditioning.nearby]:
         return "another node wraps the model"
-    if any(model.model_options.get("transformer_options", {}).values()) or model.model_options.keys() > {
-        "transformer_options"
-    }:
+    if any(changes.pop("transformer_options", {}).values()) or changes:
         return "another node changes how the model is computed"
     if model.injections or model.hook_patches or model.additional_models:
         return "the model has a bypass LoRA, hooks or further models"
     if any(name != "model_sampling" or not _same_flow(model, each) for name, each in model.object_patches.items()):
         return "another node replaced a part of the model"
+    if solver not in ode.OWN:
+        return f"the solver '{solver}' is another pack's"
     try:
         patches.as_tree(model)
         wire.pack([prompt_batch.split(positive)])
@@ -154,7 +201,8 @@ def sample(
     previews = latent_preview.get_previewer(model.load_device, model.model.latent_format) is not None
     common = {"key": given.key, "sigmas": levels, "solver": solver, "tolerance": tolerance}
     common |= {"decode": False, "previews": previews}
-    results = spread.draw(group, common, pictures, PICTURE_LIMIT * count, on_step, _interrupted)
+    choose = given.choice(group, start.shape, prompts[0][0][0].shape[1])
+    results = spread.draw(group, common, pictures, PICTURE_LIMIT * count, on_step, _interrupted, choose)
     return torch.cat([each["latent"] for each in results]), [ode.Report.of(each["report"]) for each in results]
 
 

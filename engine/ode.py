@@ -197,3 +197,4 @@ def _rounded(values: list[float]) -> tuple[float, ...]:
 
 
 SOLVERS: dict[str, Solver] = {OFFICIAL: official, "implicit": implicit, "adaptive": adaptive}
+OWN = frozenset(SOLVERS)  # without those that others register, which no other process has

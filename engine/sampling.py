@@ -122,7 +122,7 @@ def sample_and_report(
     if len(levels) < 2:
         return kept | {"samples": start.to(outcome)}, [ode.Report(solver, 0, tolerance, 0, (), ())]
     noise, mask = comfy.sample.prepare_noise(start, seed, latent.get("batch_index")), latent.get("noise_mask")
-    on_ranks = _on_ranks(model, positive)
+    on_ranks = _on_ranks(model, positive, solver)
     pictures = len(start) if on_ranks else 1
     callback = latent_preview.prepare_callback(model, (len(levels) - 1) * pictures)
     if on_ranks:
@@ -147,11 +147,11 @@ def sample_and_report(
     return kept | {"samples": result.to(outcome)}, reports
 
 
-def _on_ranks(model, positive: list) -> bool:
+def _on_ranks(model, positive: list, solver: str) -> bool:
     """Whether ranks are to compute a run, which says so on the node where they cannot."""
     if multi.spread_of(model) is None:
         return False
-    reason = multi.refusal(model, positive)
+    reason = multi.refusal(model, positive, solver)
     if reason:
         progress.tell(f"multi-gpu: this run is computed by one GPU alone, as {reason}")
     return reason is None

@@ -9,6 +9,12 @@ from .group import wire
 from .group.coordinator import Group
 
 OnStep = Callable[[int, int, int, torch.Tensor | None], object]
+Choose = Callable[[int, int], plan.Plan]
+
+
+def whole(images: int, ranks: int) -> plan.Plan:
+    """Each image by one rank."""
+    return plan.choose(images, [range(ranks)], plan.IMAGES)
 
 
 def draw(
@@ -18,12 +24,14 @@ def draw(
     limit_s: float,
     on_step: OnStep = lambda image, step, steps, preview: None,
     check: Callable[[], object] | None = None,
+    choose: Choose = whole,
 ) -> list[dict[str, wire.Tree]]:
     """What `duties.draw` tells of each image, in the order of `images`.
 
     common and images: its request, images without their numbers. on_step(image, step, steps, preview) as steps are
-    done, by whichever rank; what it or check() raises stops all. limit_s: seconds for all images. Images that are there
-    when a rank fails are kept, and the others are drawn by the ranks that take its place. Raises as `Group.call` does.
+    done, by whichever rank; what it or check() raises stops all. limit_s: seconds for all images.
+    choose(images, ranks): which ranks draw which; those that draw together must have met. Images that are there when a
+    rank fails are kept, and the others are drawn by the ranks that take its place. Raises as `Group.call` does.
     """
 
     def on_told(told: dict) -> bool:
@@ -31,7 +39,7 @@ def draw(
             on_step(told["image"], told["step"], told["steps"], told["preview"])
         return "step" not in told
 
-    return _spread(group, "draw", common, images, limit_s, on_told, check)
+    return _spread(group, "draw", common, images, limit_s, on_told, check, choose)
 
 
 def decode(
@@ -39,7 +47,7 @@ def decode(
 ) -> list[torch.Tensor]:
     """The picture [1, H, W, 3] of each latent [1, 16, h, w], in order. Otherwise as `draw`."""
     images = [{"latent": latent} for latent in latents]
-    results = _spread(group, "decode", {"key": key}, images, limit_s, lambda told: True, check)
+    results = _spread(group, "decode", {"key": key}, images, limit_s, lambda told: True, check, whole)
     return [told["picture"] for told in results]
 
 
@@ -51,6 +59,7 @@ def _spread(
     limit_s: float,
     is_result: Callable[[dict], bool],
     check: Callable[[], object] | None,
+    choose: Choose,
 ) -> list[dict[str, wire.Tree]]:
     """What is told of each image that is_result(told), which sees all that is told."""
     results: dict[int, dict] = {}
@@ -59,11 +68,12 @@ def _spread(
         left = [number for number in range(len(images)) if number not in results]
         if not left:
             return {}
-        shares = plan.choose(len(left), [range(size)], plan.IMAGES)
-        return {
-            rank: common | {"images": [images[left[place]] | {"number": left[place]} for place in places]}
-            for (rank,), places in zip(shares.groups, shares.images, strict=True)
-        }
+        shares, asked = choose(len(left), size), {}
+        for members, places in zip(shares.groups, shares.images, strict=True):
+            own = [images[left[place]] | {"number": left[place]} for place in places]
+            request = common | {"images": own, "ranks": list(members) if len(members) > 1 else None}
+            asked |= dict.fromkeys(members, request)
+        return asked
 
     def on_progress(rank: int, told: dict) -> None:
         if is_result(told):

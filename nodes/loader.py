@@ -5,7 +5,7 @@ from comfy_api.latest import io
 from ..engine import catalogue, devices, multi
 from ..engine.loading import load
 from ..engine.model import ATTENTIONS, PRECISIONS
-from . import parts
+from . import parts, spreading
 
 
 class ZImageTurboLoader(io.ComfyNode):
@@ -54,16 +54,7 @@ class ZImageTurboLoader(io.ComfyNode):
                     tooltip="With fp8 or int4: keep the quantised weights in a file beside the original, so that the "
                     "next start only reads it. Takes about 6.5 GB of disk for the official models.",
                 ),
-                io.Int.Input(
-                    "num_gpus",
-                    default=0,
-                    min=0,
-                    max=64,
-                    optional=True,
-                    advanced=True,
-                    tooltip="With multi-gpu: how many GPUs, the first ones. 0: all. On a machine without any: how many "
-                    "processes; 0 is two.",
-                ),
+                *spreading.inputs(),
             ],
             outputs=[
                 io.Model.Output(tooltip="The diffusion model. Every stock node that takes a MODEL takes it."),
@@ -86,10 +77,11 @@ class ZImageTurboLoader(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, diffusion_model, text_encoder, vae, precision, device, attention="auto", cache_quantised=False, num_gpus=0
+        cls, diffusion_model, text_encoder, vae, precision, device, attention="auto", cache_quantised=False, **spreading
     ) -> io.NodeOutput:
         files = catalogue.resolve(diffusion_model, text_encoder, vae)
-        models = load(files, precision, devices.resolve(device, num_gpus), attention, cache_quantised)
-        if device == devices.MULTI_GPU:
-            multi.attach(models[0], models[2], multi.Spread.of(files, precision, attention, num_gpus))
+        many = multi.Spread.of(files, precision, attention, **spreading) if device == devices.MULTI_GPU else None
+        models = load(files, precision, devices.resolve(device), attention, cache_quantised)
+        if many is not None:
+            multi.attach(models[0], models[2], many)
         return io.NodeOutput(*models)

@@ -95,10 +95,12 @@ async def test_cancel_stops_the_ranks_and_the_next_prompt_runs(comfy):
     assert len(drawn) == 2 and (await health(comfy))["multi_gpu"]["last_fault"] is None
 
 
-@pytest.mark.parametrize("number", [0, 1])
-async def test_a_killed_rank_loses_no_picture(comfy, number):
-    wanted = await comfy.draw(turbo(seed=11 + number, steps=4, batch_size=4, width=192, height=192))
-    prompt_id = await comfy.queue(several(seed=11 + number, steps=4, batch_size=4, width=192, height=192))
+@pytest.mark.parametrize(("number", "split"), [(0, "images"), (1, "sequence")])
+async def test_a_killed_rank_loses_no_picture(comfy, number, split):
+    """Alone at its pictures, or while the other one waits for its share of a picture."""
+    settings = {"seed": 11 + number, "steps": 4, "batch_size": 4, "width": 192, "height": 192}
+    wanted = await comfy.draw(turbo(**settings))
+    prompt_id = await comfy.queue(several(**settings, split=split))
     await comfy.hear("progress", prompt_id=prompt_id, node=SAMPLER)
     (await ranks(comfy))[number].kill()
     seen = set()

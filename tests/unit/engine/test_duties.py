@@ -50,7 +50,7 @@ def one_thread():
 
 def common(**changes):
     settings = {"key": "demo", "sigmas": ode.sigmas(STEPS), "solver": "official", "tolerance": 0.05}
-    return settings | {"decode": True, "previews": False} | changes
+    return settings | {"decode": True, "previews": False, "ranks": None} | changes
 
 
 def images(positives, count=5):

@@ -13,6 +13,7 @@ from zimage_turbo.engine.group.current import current
 from zimage_turbo.nodes.loader import ZImageTurboLoader
 from zimage_turbo.nodes.sampler import ZImageTurboSampler
 from zimage_turbo.nodes.text_encoder import ZImageTurboTextEncode
+from zimage_turbo.tests.comparison import relative_error
 
 PROMPTS = 'a red circle at the top left\na white sign that says "AB"\na small blue star below a green square'
 SIDE, STEPS = 128, 3
@@ -114,7 +115,7 @@ def test_image_to_image_with_a_mask(spread, demo):
 
 def test_a_shift_node_changes_nothing_for_our_sampler(spread, demo):
     (shifted,) = advanced.ModelSamplingAuraFlow().patch_aura(spread[0], 3.0)
-    assert multi.refusal(shifted, text.encode(demo[1], "a star")) is None
+    assert multi.refusal(shifted, text.encode(demo[1], "a star"), "official") is None
 
 
 def test_what_ranks_cannot_be_told_is_computed_here(spread, demo, caplog):
@@ -127,16 +128,62 @@ def test_what_ranks_cannot_be_told_is_computed_here(spread, demo, caplog):
     assert "computed by one GPU alone, as another node changes how the model is computed" in caplog.text
 
 
-def test_interrupt_stops_all_and_the_next_prompt_runs(spread, demo, monkeypatch):
-    positive = text.encode(demo[1], "a red circle")
-    calls = iter([False] * 4 + [True])
+@pytest.fixture(scope="module")
+def joint():
+    """MODEL and VAE of the demo on two ranks that draw each picture together."""
+    with torch.inference_mode():
+        return ZImageTurboLoader.execute("demo", "auto", "auto", "auto", "multi-gpu", split="sequence").args
 
-    def interrupted():
+
+def test_two_ranks_draw_each_picture_together(joint, demo, caplog):
+    caplog.set_level("INFO")
+    positive = text.encode(demo[1], 'a white sign that says "AB"')
+    latent = drawn(joint[0], positive, batch_size=2)[0]["samples"]
+    assert relative_error(latent, one_by_one(demo[0], [positive] * 2)) < 1e-5
+    assert "each image split over 2 ranks, as asked" in caplog.text
+
+
+def test_ranks_that_draw_together_stop_together(joint, demo, monkeypatch):
+    positive = text.encode(demo[1], "a red circle")
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 4)
+        with pytest.raises(management.InterruptProcessingException):
+            drawn(joint[0], positive, steps=60)
+    fault = current.document()["last_fault"]
+    latent = drawn(joint[0], positive)[0]["samples"]
+    assert relative_error(latent, one_by_one(demo[0], [positive])) < 1e-5
+    assert fault is None and current.document()["last_fault"] is None
+
+
+def test_how_long_an_evaluation_takes_by_how_many_ranks(joint):
+    given = joint[0].get_attachment(multi.ATTACHMENT)
+    group, request = given.group(), {"key": given.key, "sizes": [1, 2], "islands": [[0, 1]]}
+    request |= {"shape": [1, 16, 16, 16], "tokens": 20}
+    group.keep("meeting 2", "meet", {"islands": [[0, 1]], "size": 2}, 60.0)
+    told = group.call("measure", lambda size: dict.fromkeys(range(size), request), 60.0)
+    assert all(set(seconds) == {"1", "2"} and min(seconds.values()) > 0 for seconds in told.values())
+
+
+def test_a_solver_of_another_pack_is_run_here(spread, demo, monkeypatch):
+    monkeypatch.setitem(ode.SOLVERS, "coarse", ode.SOLVERS["official"])
+    assert "another pack" in multi.refusal(spread[0], text.encode(demo[1], "a star"), "coarse")
+
+
+def interrupt_after(patch, looks: int) -> None:
+    """As if the user pressed Cancel after so many looks."""
+    calls = iter([False] * looks + [True])
+
+    def look():
         if next(calls, False):
             raise management.InterruptProcessingException
 
+    patch.setattr(management, "throw_exception_if_processing_interrupted", look)
+
+
+def test_interrupt_stops_all_and_the_next_prompt_runs(spread, demo, monkeypatch):
+    positive = text.encode(demo[1], "a red circle")
     with monkeypatch.context() as patch:
-        patch.setattr(management, "throw_exception_if_processing_interrupted", interrupted)
+        interrupt_after(patch, 4)
         with pytest.raises(management.InterruptProcessingException):
             drawn(spread[0], positive, batch_size=4, steps=60)
     assert torch.equal(drawn(spread[0], positive)[0]["samples"], one_by_one(demo[0], [positive]))
@@ -146,4 +193,4 @@ def test_more_gpus_than_there_are(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert devices.ranks(0) == ("cuda:0", "cuda:1") and devices.ranks(1) == ("cuda:0",)
     with pytest.raises(ValueError, match="num_gpus is 3, but there are 2"):
-        devices.resolve("multi-gpu", 3)
+        devices.ranks(3)

@@ -30,6 +30,7 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist's own looks for the marks
 def pytest_collection_modifyitems(items):
     """For pytest-xdist: what one server or one file's fixtures serve runs in one process."""
     for item in items:

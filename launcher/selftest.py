@@ -43,7 +43,7 @@ def side_by_side() -> list[str]:
     Each test runs on about one core: products of tests are small, and Triton's interpreter is Python.
     """
     count = 0 if machine.nvidia() else min(MOST_PROCESSES, os.cpu_count() or 1)
-    return ["--numprocesses", str(count), "--dist", "loadgroup"]
+    return ["--numprocesses", str(count), "--dist", "loadfile"]
 
 
 def with_place(arguments: list[str]) -> list[str]:

@@ -30,14 +30,6 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist's own looks for the marks
-def pytest_collection_modifyitems(items):
-    """For pytest-xdist: what one server or one file's fixtures serve runs in one process."""
-    for item in items:
-        group = "e2e" if item.path.parent.name == "e2e" else str(item.path)
-        item.add_marker(pytest.mark.xdist_group(group))
-
-
 @pytest.fixture(scope="session")
 def comfyui() -> Path:
     """The ComfyUI tree."""

@@ -29,21 +29,16 @@ def test(home: Home, arguments: list[str]) -> int:
     steps.heading("Tests")
     # The script, not "python -m pytest": that would put the pack's folder on sys.path, where our "nodes" and "server"
     # would hide ComfyUI's.
-    command = [str(venv_program(home.venv, "pytest")), *side_by_side(), *with_place(arguments)]
+    processes = 0 if machine.nvidia() else min(MOST_PROCESSES, os.cpu_count() or 1)  # a GPU's memory is for one
+    if processes:
+        env.setdefault("OMP_NUM_THREADS", "1")  # more threads than cores wait for each other
+    side_by_side = ["--numprocesses", str(processes), "--dist", "loadfile"]
+    command = [str(venv_program(home.venv, "pytest")), *side_by_side, *with_place(arguments)]
     process = subprocess.Popen(command, cwd=home.pack, env=env)
     # Pytest must live to stop the servers it started: Ctrl-C reaches it by the terminal, SIGTERM through us.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: process.send_signal(signal.SIGINT))
     return process.wait()
-
-
-def side_by_side() -> list[str]:
-    """As many processes as there are cores, up to four; with a GPU one, which has its memory for itself.
-
-    Each test runs on about one core: products of tests are small, and Triton's interpreter is Python.
-    """
-    count = 0 if machine.nvidia() else min(MOST_PROCESSES, os.cpu_count() or 1)
-    return ["--numprocesses", str(count), "--dist", "loadfile"]
 
 
 def with_place(arguments: list[str]) -> list[str]:

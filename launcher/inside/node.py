@@ -54,6 +54,7 @@ def run(wanted: dict, token: str, address: str, devices: list[str]) -> None:
     """This machine's ranks; returns when they have ended."""
     told = wanted["told"] | {"address": address, "devices": devices}
     environment = os.environ | {"ZIMAGE_GROUP": json.dumps(told), "ZIMAGE_GROUP_TOKEN": token}
+    environment.pop("PYTHONSAFEPATH", None)  # the programs beside this one import their neighbours
     environment.setdefault("ZIMAGE_COMFYUI", wanted["comfyui"])
     environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // len(devices))))
     shape = ["--local-addr", address, "--nproc-per-node", str(len(devices))]

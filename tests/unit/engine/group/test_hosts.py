@@ -9,8 +9,7 @@ import threading
 import psutil
 import pytest
 
-from zimage_turbo.engine import group as groups
-from zimage_turbo.engine import launch
+from zimage_turbo.engine.group import coordinator, launch
 from zimage_turbo.engine.group.coordinator import Group
 from zimage_turbo.engine.group.faults import GroupError
 from zimage_turbo.engine.group.launch import Hosts, Setup
@@ -49,7 +48,7 @@ def test_two_machines(setup):
     with other_machine(setup) as node, contextlib.closing(Group(setup, Limits(start=AMPLE))) as group:
         assert all(answer["total"] == 3.0 for answer in group.call("meet", everyone({}), AMPLE).values())
         state = group.document()
-        assert state["state"] == groups.OK and "2 of 2 ranks ready" in state["reason"]
+        assert state["state"] == coordinator.OK and "2 of 2 ranks ready" in state["reason"]
         ((there, process),) = elsewhere(state, node)
         process.kill()
         assert set(group.call("echo", everyone(None), AMPLE)) == {0, 1}, "the other machine's ranks come back"

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from zimage_turbo.engine import launch
+from zimage_turbo.engine.group import launch
 from zimage_turbo.engine.group.launch import Hosts, Setup
 
 SETUP = Setup(("cuda:0", "cuda:2"))

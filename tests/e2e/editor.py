@@ -13,12 +13,16 @@ from .servers import ARTIFACTS
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 WORKFLOW = "Z-Image-Turbo_SingleCard"
 BILINGUAL = "Z-Image-Turbo_Bilingual"
+SEVERAL = "Z-Image-Turbo_8Card"
 PATIENCE_MS = 60_000
-SHOWN_PICTURE = """() => window.app.graph.nodes
-    .filter(node => node.type === 'ZImageTurboSaveImage')
-    .flatMap(node => node.imgs ?? [])
-    .filter(image => image.complete && image.naturalWidth > 0)
-    .map(image => [image.src, image.naturalWidth, image.naturalHeight])[0]"""
+SHOWN_PICTURES = """count => {
+    const shown = window.app.graph.nodes
+        .filter(node => node.type === 'ZImageTurboSaveImage')
+        .flatMap(node => node.imgs ?? [])
+        .filter(image => image.complete && image.naturalWidth > 0)
+        .map(image => [image.src, image.naturalWidth, image.naturalHeight])
+    return shown.length >= count && shown
+}"""
 
 
 def browser_path() -> str | None:
@@ -64,7 +68,11 @@ class Editor:
 
     def picture(self) -> tuple[str, int, int]:
         """Wait until the Save Image node has drawn its picture; its address, width and height."""
-        return tuple(self.page.wait_for_function(SHOWN_PICTURE).json_value())
+        return self.pictures(1)[0]
+
+    def pictures(self, count: int) -> list[tuple[str, int, int]]:
+        """The same of at least so many pictures."""
+        return [tuple(each) for each in self.page.wait_for_function(SHOWN_PICTURES, arg=count).json_value()]
 
     def nodes(self) -> list[dict[str, Any]]:
         """What the graph knows of its nodes: type, errors, class and the rectangle with the title."""

@@ -8,42 +8,10 @@ import urllib.request
 import numpy as np
 import pytest
 from PIL import Image
-from playwright.sync_api import sync_playwright
-
-from zimage_turbo.launcher import shelf
 
 from .damage import FOLDERS, PLACED
-from .editor import BILINGUAL, WORKFLOW, Editor, browser_path, foreign_addresses, forget_settings
+from .editor import BILINGUAL, SEVERAL, WORKFLOW
 from .sight import shows_the_bilingual_prompt, shows_the_saved_prompt
-
-FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
-pytestmark = pytest.mark.skipif(browser_path() is None, reason="no Chromium: set CHROMIUM or install chromium")
-
-
-@pytest.fixture(scope="module")
-def browser():
-    with sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path=browser_path(), args=FLAGS)
-        yield chromium
-        chromium.close()
-
-
-@pytest.fixture(scope="module")
-def listed(base, pack, server):
-    """The shipped workflows in the editor's list, as the launcher puts them there."""
-    shelf.place(pack / "workflows", base / "user" / "default" / "workflows", base / "shelf.json")
-
-
-@pytest.fixture
-def newcomer(browser, server, base, listed):
-    """The editor as it opens on the very first visit."""
-    forget_settings(base)
-    context = browser.new_context(viewport={"width": 1600, "height": 1000})
-    context.route(foreign_addresses(), lambda route: route.abort())
-    editor = Editor(context.new_page(), server.url)
-    editor.open()
-    yield editor
-    context.close()
 
 
 @pytest.fixture
@@ -115,13 +83,15 @@ def test_a_saved_picture_bears_its_name_and_opens_its_workflow(editor, base):
     assert all(node["known"] and not node["has_errors"] for node in editor.nodes())
 
 
-def test_the_graph_stands_as_shipped(editor, pack):
-    shipped = json.loads((pack / "workflows" / f"{WORKFLOW}.json").read_text(encoding="utf-8"))
-    nodes = editor.nodes()
+@pytest.mark.parametrize("workflow", [WORKFLOW, BILINGUAL, SEVERAL])
+def test_the_graph_stands_as_shipped(newcomer, pack, workflow):
+    newcomer.close_templates()
+    newcomer.open_from_list(workflow)
+    shipped = json.loads((pack / "workflows" / f"{workflow}.json").read_text(encoding="utf-8"))
+    nodes = newcomer.nodes()
     assert sorted(node["type"] for node in nodes) == sorted(node["type"] for node in shipped["nodes"])
     assert all(node["known"] and not node["has_errors"] for node in nodes), nodes
-    links = sum(len(node["linked"]) for node in nodes)
-    assert links == len(shipped["links"]) == 7
+    assert sum(len(node["linked"]) for node in nodes) == len(shipped["links"]) == 7
     assert [node["title"] for node in nodes if node["size"][1] < node["needed"][1]] == []
     overlapping = [
         (one["title"], other["title"])

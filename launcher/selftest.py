@@ -32,7 +32,7 @@ def test(home: Home, arguments: list[str]) -> int:
     processes = 0 if machine.nvidia() else min(MOST_PROCESSES, os.cpu_count() or 1)  # a GPU's memory is for one
     if processes:
         env.setdefault("OMP_NUM_THREADS", "1")  # more threads than cores wait for each other
-    side_by_side = ["--numprocesses", str(processes), "--dist", "loadfile"]
+    side_by_side = ["--numprocesses", str(processes), "--dist", "loadfile", "--no-loadscope-reorder"]
     command = [str(venv_program(home.venv, "pytest")), *side_by_side, *with_place(arguments)]
     process = subprocess.Popen(command, cwd=home.pack, env=env)
     # Pytest must live to stop the servers it started: Ctrl-C reaches it by the terminal, SIGTERM through us.

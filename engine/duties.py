@@ -227,12 +227,17 @@ def _drawn(model, image: dict, job: Job, together: Together | None) -> tuple[tor
 def decode(rank: Rank, job: Job) -> wire.Tree:
     """Pictures of latents, one after the other, each told of as soon as it is there.
 
-    request: key; images, of each number and latent [1, 16, h, w]. Tells {image, picture [1, H, W, 3]}.
+    request: key; images, of each number, latent [1, 16, h, w], and into, shared memory for the picture, or None. Tells
+    {image, picture [1, H, W, 3], or None where it is in shared memory}.
     """
     vae = kept(rank, job.request["key"]).vae
     for image in job.request["images"]:
         job.check()
-        job.tell({"image": image["number"], "picture": vae.decode(image["latent"])})
+        picture = vae.decode(image["latent"])
+        if image["into"] is not None:
+            image["into"].copy_(picture)
+            picture = None
+        job.tell({"image": image["number"], "picture": picture})
     return None
 
 

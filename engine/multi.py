@@ -33,6 +33,7 @@ FLAGS = (
     "force_fp32", "force_fp16", "fp32_unet", "bf16_unet", "fp16_unet", "fp16_vae", "fp32_vae", "bf16_vae", "cpu_vae",
     "force_channels_last", "gpu_only", "highvram", "lowvram", "novram", "cpu", "disable_async_offload",
     "disable_dynamic_vram", "enable_dynamic_vram", "disable_smart_memory", "disable_pinned_memory", "deterministic",
+    "fp16_intermediates",
 )  # fmt: skip
 VALUES = ("base_directory", "user_directory", "reserve_vram", "vram_headroom")
 OnStep = Callable[[int, torch.Tensor, torch.Tensor, int], object]
@@ -235,7 +236,10 @@ class SpreadVae(comfy.sd.VAE):
     def decode(self, samples_in: torch.Tensor, vae_options: dict[str, Any] = {}) -> torch.Tensor:
         if samples_in.ndim != 4 or len(samples_in) < 2 or vae_options or self.patcher.patches:
             return super().decode(samples_in, vae_options)
-        latents = list(samples_in.float().cpu().split(1))
-        limit = PICTURE_LIMIT * len(latents)
-        decoded = spread.decode(self.spread.group(), self.spread.key, latents, limit, _interrupted)
-        return torch.cat(decoded).to(self.output_device)
+        scale, limit = self.spacial_compression_decode(), PICTURE_LIMIT * len(samples_in)
+        height, width = (scale * side for side in samples_in.shape[2:])
+        shape, dtype = torch.Size((len(samples_in), height, width, 3)), self.vae_output_dtype()
+        latents = samples_in.float().cpu()
+        group = self.spread.group()
+        pictures = spread.decode(group, self.spread.key, latents, shape, dtype, limit, _interrupted)
+        return pictures.to(self.output_device)

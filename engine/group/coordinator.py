@@ -5,6 +5,7 @@ those who wait for it, and these no longer than their limit.
 """
 
 import asyncio
+import contextlib
 import dataclasses
 import logging
 import queue
@@ -16,6 +17,7 @@ from concurrent.futures import Future
 from . import wire
 from .faults import DEVICE, ENDED, Fault, GroupError, Refused
 from .launch import Setup
+from .shared import Parcel
 from .team import Limits, Team
 
 STARTING, OK, DEGRADED, FAILED, CLOSED = "starting", "ok", "degraded", "failed", "closed"
@@ -102,6 +104,12 @@ class Group:
         """No longer ask ranks that are started anew for what `keep` was given."""
         self._kept.pop(key, None)
 
+    @property
+    def shares(self) -> bool:
+        """Whether the ranks that there are now can open `shared` memory of this process."""
+        team = self._team
+        return team is not None and team.shares
+
     def close(self) -> None:
         """End the ranks; returns when no process of theirs is left. Requests that run fail."""
         with self._gate:
@@ -143,9 +151,10 @@ class Group:
         fault = None
         for _ in range(2):
             team = await self._ready()
-            bodies = await asyncio.to_thread(_packed, plan, len(team.members))
             try:
-                answers = await team.run(operation, bodies, on_progress, limit_s)
+                with _parcel(team) as parcel:
+                    bodies = await asyncio.to_thread(_packed, plan, len(team.members), parcel)
+                    answers = await team.run(operation, bodies, on_progress, limit_s)
             except Fault as found:
                 fault = found
                 continue
@@ -211,8 +220,9 @@ class Group:
     async def _brought_up(self, team: Team) -> None:
         """What was asked to be kept is asked of new ranks."""
         for operation, request, limit_s in list(self._kept.values()):
-            body = await asyncio.to_thread(wire.pack, request)
-            await team.run(operation, dict.fromkeys(team.members, body), lambda *_: None, limit_s)
+            with _parcel(team) as parcel:
+                body = await asyncio.to_thread(wire.pack, request, parcel)
+                await team.run(operation, dict.fromkeys(team.members, body), lambda *_: None, limit_s)
 
     def _announce(self, team: Team, broken: dict[str, str], seconds: float) -> None:
         count, asked = len(team.members), len(self.setup.devices) * (self.setup.hosts.count if self.setup.hosts else 1)
@@ -271,13 +281,18 @@ def _next(events: queue.SimpleQueue, check: Callable[[], object] | None):
             continue
 
 
-def _packed(plan: Plan, size: int) -> dict[int, bytes]:
+def _parcel(team: Team) -> contextlib.AbstractContextManager[Parcel | None]:
+    """For the large tensors of a request; ranks have opened them when they have answered."""
+    return contextlib.closing(Parcel()) if team.shares else contextlib.nullcontext()
+
+
+def _packed(plan: Plan, size: int, parcel: Parcel | None) -> dict[int, bytes]:
     """Bodies by rank; one that several ranks get is packed once."""
     packed: dict[int, bytes] = {}
     requests = plan(size)
     for request in requests.values():
         if id(request) not in packed:
-            packed[id(request)] = wire.pack(request)
+            packed[id(request)] = wire.pack(request, parcel)
     return {rank: packed[id(request)] for rank, request in requests.items()}
 
 

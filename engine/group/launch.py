@@ -20,6 +20,7 @@ import psutil
 
 from . import loopback
 from .faults import GroupError
+from .shared import Reference
 
 INSIDE = Path(__file__).resolve().parent.parent.parent / "launcher" / "inside"
 PACKAGE = __package__.rsplit(".", 2)[0]
@@ -72,11 +73,11 @@ class Setup:
 class Processes:
     """A start of torchrun. `tail`: the last lines that all of them printed, but for what is said in passing."""
 
-    def __init__(self, setup: Setup, token: str, report_to: str):
+    def __init__(self, setup: Setup, token: str, report_to: str, probe: Reference | None):
         self.tail: deque[str] = deque(maxlen=TAIL_LINES)
         self._agent = subprocess.Popen(
             command(setup),
-            env=environment(setup, token, report_to),
+            env=environment(setup, token, report_to, probe),
             stdin=subprocess.PIPE,  # never written to: see launcher/inside/lifeline.py
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -168,9 +169,10 @@ def torchrun_options(setup: Setup) -> list[str]:
     return ["--nnodes", str(setup.hosts.count), *meeting, *options]
 
 
-def told(setup: Setup, report_to: str) -> dict:
-    """What every rank is told."""
-    return asdict(setup) | {"address": setup.address, "report_to": report_to}
+def told(setup: Setup, report_to: str, probe: Reference | None) -> dict:
+    """What every rank is told. probe: of shared memory, for ranks to see whether they can open it."""
+    about = {"address": setup.address, "report_to": report_to}
+    return asdict(setup) | about | {"probe": asdict(probe) if probe else None}
 
 
 def comfyui() -> str:
@@ -178,11 +180,11 @@ def comfyui() -> str:
     return str(Path(folder_paths.__file__).parent)
 
 
-def environment(setup: Setup, token: str, report_to: str) -> dict[str, str]:
+def environment(setup: Setup, token: str, report_to: str, probe: Reference | None) -> dict[str, str]:
     """This process's own, with what ranks are told; the token is nowhere else."""
     inherited = {name: value for name, value in os.environ.items() if not _unwanted(name, value)}
     return inherited | {
-        "ZIMAGE_GROUP": json.dumps(told(setup, report_to)),
+        "ZIMAGE_GROUP": json.dumps(told(setup, report_to, probe)),
         TOKEN: token,
         "ZIMAGE_COMFYUI": comfyui(),
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS") or str(max(1, _cores() // len(setup.devices))),

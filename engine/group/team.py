@@ -16,7 +16,7 @@ import aiohttp
 import psutil
 from aiohttp import web
 
-from . import launch, loopback, wire
+from . import launch, loopback, shared, wire
 from .faults import ENDED, REMEDIES, SILENT, SLOW, START, STUCK, Fault, Refused
 
 REPORT_LIMIT = 1 << 16
@@ -36,12 +36,14 @@ class Limits:
 
 @dataclass
 class Member:
-    """A rank: where it is, its last sign of life, and whose turn it is to ask it. process: None on another machine."""
+    """A rank: where it is, its last sign of life, and whose turn it is to ask it. process: None on another machine;
+    shares: whether it can open memory that this process shares."""
 
     number: int
     device: str
     url: str
     process: psutil.Process | None
+    shares: bool
     state: dict = field(default_factory=dict)
     ready: asyncio.Event = field(default_factory=asyncio.Event)
     turn: asyncio.Lock = field(default_factory=asyncio.Lock)
@@ -60,6 +62,12 @@ class Team:
         self._tasks: list[asyncio.Task] = []
         self._resources = contextlib.AsyncExitStack()
         self._processes: launch.Processes | None = None
+        self._probe: shared.Reference | None = None
+
+    @property
+    def shares(self) -> bool:
+        """Whether all ranks can open memory that this process shares."""
+        return all(member.shares for member in self.members.values())
 
     def fail(self, fault: Fault) -> Fault:
         """Note a fault; returns the team's first, which caused what came after."""
@@ -76,13 +84,16 @@ class Team:
         )
         self._report_to = f"http://{self.setup.address}:{port}/report"
         self._resources.push_async_callback(runner.cleanup)
+        if shared.possible():
+            parcel, self._probe = shared.probe(self._token)
+            self._resources.callback(parcel.close)
         self._session = aiohttp.ClientSession(
             headers=loopback.headers(self._token),
             timeout=aiohttp.ClientTimeout(total=None, sock_connect=self.limits.silence),
             connector=aiohttp.TCPConnector(limit=0),
         )
         await self._resources.enter_async_context(self._session)
-        self._processes = launch.Processes(self.setup, self._token, self._report_to)
+        self._processes = launch.Processes(self.setup, self._token, self._report_to, self._probe)
         self._task(self._watch())
         try:
             await asyncio.wait_for(self._unless_failed(self._ready()), self.limits.start)
@@ -205,7 +216,7 @@ class Team:
         except psutil.NoSuchProcess:  # it ended while it reported: `_watch` will see
             return web.Response()
         device = told["device"] if here else f"{told['device']} at {told['url']}"
-        member = Member(told["rank"], device, told["url"], process)
+        member = Member(told["rank"], device, told["url"], process, told["shares"])
         self.members[member.number] = member
         self._task(self._listen(member))
         if len(self.members) == told["size"]:
@@ -214,7 +225,7 @@ class Team:
 
     async def _told(self, request: web.Request) -> web.Response:
         """For node.py on another machine: how to start its ranks."""
-        told = launch.told(self.setup, self._report_to)
+        told = launch.told(self.setup, self._report_to, self._probe)
         options = launch.torchrun_options(self.setup)
         return web.json_response({"told": told, "torchrun": options, "comfyui": launch.comfyui()})
 

@@ -2,13 +2,15 @@
 
 A tree is a dict with string keys, a list or tuple (which arrives as a list), a string, number, bool, None or tensor.
 Its tensors are those of a safetensors file in memory, named by number; the rest is JSON in the file's metadata, under
-``tree``, with ``{"$": name}`` in place of each tensor. Nothing that is received is ever run. Such a file is the length
+``tree``, with ``{"$": name}`` in place of each tensor. In place of one that the processes share there is
+``{"$shared": …}``, which says where it lies. Nothing that is received is ever run. Such a file is the length
 of a header in 8 bytes, little-endian, the header in JSON, and the tensors' bytes one behind the other; it is put
 together here because the library's way copies a picture of 1024x1024 four times, for which a GPU would wait.
 
 Answers are streams of frames: a byte that says the kind, the length of a body in 8 bytes, little-endian, and the body.
 """
 
+import dataclasses
 import json
 import struct
 from collections.abc import Iterator
@@ -17,6 +19,8 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load
+
+from .shared import Parcel, Reference, opened
 
 Tree = Any
 DTYPES = {
@@ -27,7 +31,8 @@ DTYPES = {
 PROGRESS, RESULT, ERROR = b"P", b"R", b"E"
 HEAD = struct.Struct("<cQ")
 SLICE = 1 << 20  # of what is written at once: a long write would hold up all others of the event loop
-_TENSOR, _TREE = "$", "tree"
+LARGE = 1 << 16  # bytes, from which on a tensor is rather shared than sent
+_TENSOR, _SHARED, _TREE = "$", "$shared", "tree"
 _LENGTH = struct.Struct("<Q")
 
 
@@ -35,18 +40,22 @@ class Unsendable(TypeError):
     """A value that is neither plain nor a tensor. The message says where it stands in the tree."""
 
 
-def pack(tree: Tree) -> bytes:
-    """The body of a message. Tensors on a GPU are copied to main memory. Raises Unsendable."""
-    tensors: list[torch.Tensor] = []
-    plain = _plain(tree, tensors, "message")
+def pack(tree: Tree, parcel: Parcel | None = None) -> bytes:
+    """The body of a message. Tensors on a GPU are copied to main memory. Raises Unsendable.
+
+    parcel: takes large tensors, and must be open when the message is unpacked. Without one nothing can be shared: all
+    are in the body, and a reference arrives as None.
+    """
+    packer = _Packer(parcel)
+    plain = packer.plain(tree, "message")
     header: dict[str, Any] = {"__metadata__": {_TREE: json.dumps(plain)}}
     end = 0
-    for name, tensor in enumerate(tensors):
+    for name, tensor in enumerate(packer.tensors):
         start, end = end, end + tensor.nbytes
         header[str(name)] = {"dtype": DTYPES[tensor.dtype], "shape": tensor.shape, "data_offsets": (start, end)}
     said = json.dumps(header).encode()
     said += b" " * (-len(said) % _LENGTH.size)  # tensors begin where a processor likes to read them
-    contents = (tensor.reshape(-1).view(torch.uint8).numpy().data for tensor in tensors)
+    contents = (tensor.reshape(-1).view(torch.uint8).numpy().data for tensor in packer.tensors)
     return b"".join((_LENGTH.pack(len(said)), said, *contents))
 
 
@@ -71,23 +80,37 @@ def slices(body: bytes) -> Iterator[memoryview]:
     return (whole[start : start + SLICE] for start in range(0, len(whole), SLICE))
 
 
-def _plain(value: Tree, tensors: list[torch.Tensor], place: str) -> Tree:
-    """The value with a reference for each tensor, which is put among `tensors`, in main memory."""
-    if isinstance(value, torch.Tensor):
+class _Packer:
+    """Makes plain trees of trees. tensors: those that references are to, in main memory."""
+
+    def __init__(self, parcel: Parcel | None):
+        self.parcel, self.tensors = parcel, list[torch.Tensor]()
+
+    def plain(self, value: Tree, place: str) -> Tree:
+        if isinstance(value, torch.Tensor):
+            return self._reference(value, place)
+        if isinstance(value, Reference):
+            return {_SHARED: dataclasses.asdict(value)} if self.parcel is not None else None
+        if isinstance(value, dict):
+            for key in value:
+                if not isinstance(key, str) or key in (_TENSOR, _SHARED):
+                    named = f"'{_TENSOR}' and '{_SHARED}'"
+                    raise Unsendable(f"{place} has the key {key!r}; keys are strings other than {named}.")
+            return {key: self.plain(each, f"{place}[{key!r}]") for key, each in value.items()}
+        if isinstance(value, list | tuple):
+            return [self.plain(each, f"{place}[{number}]") for number, each in enumerate(value)]
+        if value is None or isinstance(value, bool | int | float | str):
+            return value
+        raise Unsendable(f"{place} is of type {type(value).__name__}, which cannot be sent to another process.")
+
+    def _reference(self, value: torch.Tensor, place: str) -> Tree:
         if value.dtype not in DTYPES:
             raise Unsendable(f"{place} is a tensor of {value.dtype}; those that can be sent are {', '.join(_names())}.")
-        tensors.append(value.detach().cpu().contiguous())
-        return {_TENSOR: str(len(tensors) - 1)}
-    if isinstance(value, dict):
-        for key in value:
-            if not isinstance(key, str) or key == _TENSOR:
-                raise Unsendable(f"{place} has the key {key!r}; keys are strings other than '{_TENSOR}'.")
-        return {key: _plain(each, tensors, f"{place}[{key!r}]") for key, each in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(each, tensors, f"{place}[{number}]") for number, each in enumerate(value)]
-    if value is None or isinstance(value, bool | int | float | str):
-        return value
-    raise Unsendable(f"{place} is of type {type(value).__name__}, which cannot be sent to another process.")
+        tensor = value.detach().cpu().contiguous()
+        if self.parcel is not None and tensor.nbytes >= LARGE:
+            return {_SHARED: dataclasses.asdict(self.parcel.put(tensor))}
+        self.tensors.append(tensor)
+        return {_TENSOR: str(len(self.tensors) - 1)}
 
 
 def _names() -> list[str]:
@@ -98,6 +121,8 @@ def _with_tensors(value: Tree, tensors: dict[str, torch.Tensor]) -> Tree:
     if isinstance(value, dict):
         if _TENSOR in value:
             return tensors[value[_TENSOR]]
+        if _SHARED in value:
+            return opened(Reference(**value[_SHARED]))
         return {key: _with_tensors(each, tensors) for key, each in value.items()}
     if isinstance(value, list):
         return [_with_tensors(each, tensors) for each in value]

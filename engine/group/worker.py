@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from aiohttp import web
 
-from . import loopback, wire
+from . import loopback, shared, wire
 from .faults import EXCHANGE
 from .jobs import Job, Worker
 
@@ -73,7 +73,9 @@ class Server:
         ]
         first_port = self.setup["first_port"] + self.number
         _, port = await loopback.serve(routes, token, self.setup["body_limit"], self.setup["address"], first_port)
-        await asyncio.to_thread(report, url=f"http://{self.setup['address']}:{port}")
+        probe = self.setup["probe"]
+        shares = probe is not None and shared.reaches(shared.Reference(**probe), token)
+        await asyncio.to_thread(report, url=f"http://{self.setup['address']}:{port}", shares=shares)
         joining = asyncio.create_task(self.joined(report))
         await self.ended.wait()
         joining.cancel()

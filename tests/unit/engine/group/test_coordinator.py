@@ -169,8 +169,15 @@ def test_a_wrong_request_is_the_askers_error_and_no_fault(group):
 
 def test_a_request_over_the_limit_is_refused(group):
     with pytest.raises(Refused, match=r"is over the limit of 1048576 bytes\. Use fewer or smaller pictures"):
-        group.call("echo", everyone({"x": torch.zeros(1 << 18)}), AMPLE)
-    assert group.call("echo", everyone({"x": torch.zeros(1 << 17)}), AMPLE)
+        group.call("echo", everyone({"x": "x" * (1 << 20)}), AMPLE)
+    assert group.call("echo", everyone({"x": "x" * (1 << 19)}), AMPLE)
+
+
+def test_large_tensors_are_shared_and_leave_nothing_open(group):
+    sent, files = torch.randn(1 << 19), psutil.Process().num_fds()
+    for answer in group.call("echo", everyone({"x": sent}), AMPLE).values():  # twice what a request may have
+        assert torch.equal(answer["request"]["x"], sent)
+    assert psutil.Process().num_fds() == files
 
 
 def test_a_stranger_is_refused(group):

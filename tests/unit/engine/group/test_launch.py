@@ -41,11 +41,11 @@ def test_several_machines_meet_at_the_first():
     words = launch.command(setup)
     assert "--standalone" not in words
     assert following(words, "--nnodes") == "3" and following(words, "--rdzv-endpoint") == "10.0.0.1:29500"
-    assert launch.told(setup, REPORT_TO)["address"] == "10.0.0.1"
+    assert launch.told(setup, REPORT_TO, None)["address"] == "10.0.0.1"
 
 
 def test_the_token_is_in_the_environment_alone():
-    environment = launch.environment(SETUP, "secret", REPORT_TO)
+    environment = launch.environment(SETUP, "secret", REPORT_TO, None)
     assert environment[launch.TOKEN] == "secret"
     assert not [name for name, value in environment.items() if "secret" in value and name != launch.TOKEN]
     told = json.loads(environment["ZIMAGE_GROUP"])
@@ -61,9 +61,9 @@ def test_every_start_has_a_token_of_its_own():
 def test_ranks_share_the_cores(monkeypatch):
     monkeypatch.setattr(launch, "_cores", lambda: 7)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    assert launch.environment(SETUP, "", "")["OMP_NUM_THREADS"] == "3"
+    assert launch.environment(SETUP, "", "", None)["OMP_NUM_THREADS"] == "3"
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    assert launch.environment(SETUP, "", "")["OMP_NUM_THREADS"] == "1"
+    assert launch.environment(SETUP, "", "", None)["OMP_NUM_THREADS"] == "1"
 
 
 @pytest.mark.parametrize(
@@ -71,7 +71,7 @@ def test_ranks_share_the_cores(monkeypatch):
 )
 def test_the_allocator_that_the_host_chose_for_itself_is_not_theirs(monkeypatch, value, kept):
     monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", value)
-    assert ("PYTORCH_CUDA_ALLOC_CONF" in launch.environment(SETUP, "", "")) == kept
+    assert ("PYTORCH_CUDA_ALLOC_CONF" in launch.environment(SETUP, "", "", None)) == kept
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from safetensors.torch import save
 from zimage_turbo.engine.group import wire
 
 plain = some.none() | some.booleans() | some.integers() | some.floats(allow_nan=False) | some.text()
-keys = some.text().filter(lambda key: key != "$")
+keys = some.text().filter(lambda key: key not in ("$", "$shared"))
 trees = some.recursive(plain, lambda inner: some.lists(inner, max_size=4) | some.dictionaries(keys, inner, max_size=4))
 
 

@@ -13,23 +13,28 @@ import torch
 
 from zimage_turbo.launcher import pack_link
 
-from . import graphs
+from . import editor, graphs
 from .client import Client
 from .graphs import LOADER, SAMPLER, changed, turbo
 from .servers import running
 from .sight import shows_the_saved_prompt
 
-SEVERAL = graphs.SAVED.with_name("Z-Image-Turbo_8Card.json")
+SEVERAL = graphs.SAVED.with_name(f"{editor.SEVERAL}.json")
 ONE_LEVEL = 1  # of 255: ranks have a thread each, the server has all cores, and sums are in another order
 PATIENCE = 60.0
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="counts the two ranks of a machine without a GPU")
 
 
 @pytest.fixture(scope="module")
-def server(comfyui, pack, tmp_path_factory):
+def base(pack, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("multi")
+    pack_link.ensure(folder / "custom_nodes", pack)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def server(comfyui, base):
     """One of its own: some tests end its processes, and the last one ends it."""
-    base = tmp_path_factory.mktemp("multi")
-    pack_link.ensure(base / "custom_nodes", pack)
     with running(comfyui, base, "server-multi-gpu") as running_server:
         yield running_server
 
@@ -70,6 +75,16 @@ async def test_the_shipped_workflow_draws_its_batch_on_two_ranks(comfy):
     state = await health(comfy)
     assert state["status"] == "ok" and state["multi_gpu"]["state"] == "ok"
     assert [rank["device"] for rank in state["multi_gpu"]["ranks"]] == ["cpu", "cpu"]
+
+
+def test_the_shipped_workflow_runs_in_the_browser(newcomer):
+    newcomer.close_templates()
+    newcomer.open_from_list(editor.SEVERAL)
+    newcomer.set("ZImageTurboSampler", "steps", 2)
+    newcomer.run()
+    shown = newcomer.pictures(8)
+    assert [(width, height) for _, width, height in shown] == [(256, 256)] * 8
+    newcomer.screenshot("multi_gpu")
 
 
 async def test_pictures_are_those_of_one_process(comfy):

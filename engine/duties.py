@@ -12,7 +12,7 @@ import comfy.model_management as management
 import comfy.samplers
 import torch
 
-from . import patches, plan, sampling
+from . import patches, plan, prompt_batch, sampling
 from .graphs import WARM_UP
 from .group import wire
 from .group.jobs import Cancelled, Job
@@ -87,23 +87,47 @@ def patch(rank: Rank, job: Job) -> wire.Tree:
 
 
 def evaluate(rank: Rank, job: Job) -> wire.Tree:
-    """One evaluation of the denoiser: what `NextDiT.forward` returns, [B, 16, H, W] of x's type.
+    """Some rows of one evaluation of the denoiser, as a batch: {first, result [B, 16, H, W] of x's type}.
 
-    request: key; x [B, 16, H, W], timesteps [B], context [B, T, C] in the type that the model computes in; num_tokens,
-    attention_mask, options (the host's transformer_options), arguments (the rest by name).
+    request: key; x [B, 16, H, W] and timesteps [B] of these rows, in the types that the host gives; prompt: the number
+    of one that is kept, and first: which of its rows belongs to the first of these; ranks: as for `draw`, of which the
+    first answers, the others None. It is one step, so it is not cancelled.
     """
-    job.check()
     given = job.request
-    model = kept(rank, given["key"]).model
-    management.load_models_gpu([model])
-    tensors = (given[name].to(model.load_device) for name in ("x", "timesteps", "context"))
-    return model.model.diffusion_model(
-        *tensors,
-        given["num_tokens"],
-        given["attention_mask"],
-        transformer_options=given["options"],
-        **given["arguments"],
-    )
+    loaded, together = kept(rank, given["key"]), _together(rank, given["ranks"])
+    model, prompt = loaded.model, rank.prompts[given["prompt"]]
+    x, timesteps = (given[name].to(rank.device) for name in ("x", "timesteps"))
+    rows, arguments = slice(given["first"], given["first"] + len(x)), {}
+    context, mask = prompt["context"][rows], prompt["attention_mask"]
+    if prompt["lengths"]:
+        lengths = tuple(prompt["lengths"][rows])
+        context, arguments = context[:, : max(lengths)], {prompt_batch.LENGTHS: lengths}
+    # By these the module knows captions that it has refined before: of other patches they are others.
+    uuids = [prompt["name"], str(model.patches_uuid), rows.start, rows.stop]
+    management.load_models_gpu([model], memory_required=model.model.memory_required(list(x.shape)))
+    with loaded.joined(together):
+        result = model.model.diffusion_model(
+            x,
+            timesteps,
+            context,
+            prompt["num_tokens"],
+            None if mask is None else mask[rows],
+            transformer_options={"uuids": uuids},
+            **arguments,
+        )
+    return {"first": rows.start, "result": result} if together is None or together.leads else None
+
+
+def prompt(rank: Rank, job: Job) -> wire.Tree:
+    """Keep what of evaluations is the same at every step, in place of what was kept under the same number.
+
+    request: number; name, of this prompt alone; as `NextDiT.forward` takes them: context [B, T, C] in the type that the
+    model computes in, num_tokens, attention_mask, and lengths, of each row's prompt, or None.
+    """
+    given = job.request
+    tensors = {name: value.to(rank.device) for name, value in given.items() if isinstance(value, torch.Tensor)}
+    rank.prompts[given["number"]] = given | tensors
+    return None
 
 
 def meet(rank: Rank, job: Job) -> wire.Tree:
@@ -248,4 +272,4 @@ def kept(rank: Rank, key: str) -> Loaded:
     return rank.models[key]
 
 
-OPERATIONS = {each.__name__: each for each in (load, forget, patch, meet, measure, evaluate, draw, decode)}
+OPERATIONS = {each.__name__: each for each in (load, forget, patch, meet, measure, prompt, evaluate, draw, decode)}

@@ -52,6 +52,11 @@ Half = torch.Tensor | Sums
 
 def refusal(module: NextDiT, context: torch.Tensor | None, options: dict, arguments: dict) -> str | None:
     """Why the fast forward cannot run this request; None if it can. `arguments`: what else the host's forward got."""
+    return request_refusal(context, options, arguments) or bypass_refusal(module.bypassed) or norm_refusal(module)
+
+
+def request_refusal(context: torch.Tensor | None, options: dict, arguments: dict) -> str | None:
+    """`refusal`, as far as it does not depend on the module."""
     if context is None:
         return "there is no text"
     if reason := common_refusal(context.device):
@@ -65,7 +70,7 @@ def refusal(module: NextDiT, context: torch.Tensor | None, options: dict, argume
         absent = value is None or (isinstance(value, list | tuple) and not value)
         if name not in KNOWN_ARGUMENTS and not absent:
             return f"the input {name} is given"
-    return bypass_refusal(module.bypassed) or norm_refusal(module)
+    return None
 
 
 def norm_refusal(module: NextDiT) -> str | None:

@@ -1,9 +1,12 @@
 """A MODEL and a VAE that the ranks of a group compute, one a GPU, while they stay what they are for every node.
 
 They hold their weights in this process too, where ComfyUI patches, saves and clones them. A run of our sampler, and the
-decoding of a batch, are spread over the ranks. What ranks cannot be told this process computes, and says so.
+decoding of a batch, are spread over the ranks; other samplers run here, and ranks evaluate the denoiser for them. What
+ranks cannot be told this process computes, and says so.
 """
 
+import functools
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,14 +19,16 @@ import comfy.utils
 import latent_preview
 import torch
 from comfy.cli_args import args
-from comfy.patcher_extension import WrappersMP
+from comfy.patcher_extension import WrappersMP, add_wrapper_with_key
 
 from . import cache_file, conditioning, devices, ode, patches, plan, progress, prompt_batch, spread, topology
 from .catalogue import Parts
+from .evaluations import Evaluations
 from .group import wire
 from .group.coordinator import Group
 from .group.current import current
 from .group.launch import Setup
+from .refusal import common_refusal
 
 ATTACHMENT = "zimage_multi_gpu"
 MODEL, PATCHES, MEETING = "model", "patches", "meeting"  # what ranks that take others' place are told again
@@ -36,6 +41,8 @@ FLAGS = (
     "fp16_intermediates",
 )  # fmt: skip
 VALUES = ("base_directory", "user_directory", "reserve_vram", "vram_headroom")
+# What a prompt may come with that ranks are not told.
+FOREIGN_PROMPTS = {"control": "a ControlNet is applied", "gligen": "GLIGEN is applied", "hooks": "a prompt has hooks"}
 OnStep = Callable[[int, torch.Tensor, torch.Tensor, int], object]
 
 
@@ -130,6 +137,7 @@ def _islands(names: Sequence[str]) -> list[list[int]]:
 def attach(model, vae: comfy.sd.VAE, given: Spread) -> None:
     """Have a MODEL and a VAE of the loader computed by ranks."""
     model.set_attachments(ATTACHMENT, given)
+    model.add_wrapper_with_key(WrappersMP.PREPARE_SAMPLING, ATTACHMENT, evaluated_by_ranks)
     vae.__class__, vae.spread = SpreadVae, given
 
 
@@ -138,24 +146,39 @@ def spread_of(model) -> Spread | None:
 
 
 def refusal(model, positive: list, solver: str) -> str | None:
-    """Why ranks cannot compute a run with this MODEL, CONDITIONING and solver, or None."""
-    prepare = [each for own in model.wrappers.get(WrappersMP.PREPARE_SAMPLING, {}).values() for each in own]
-    others = [own for kind, own in model.wrappers.items() if kind != WrappersMP.PREPARE_SAMPLING]
-    changes = dict(model.model_options)
-    if any(map(any, others)) or prepare != [conditioning.nearby]:
-        return "another node wraps the model"
-    if any(changes.pop("transformer_options", {}).values()) or changes:
+    """Why ranks cannot compute a run of our sampler with this MODEL, CONDITIONING and solver, or None."""
+    reason = model_refusal(model)
+    if reason:
+        return reason
+    if model.model_options.keys() - {"transformer_options"}:
         return "another node changes how the model is computed"
-    if model.injections or model.hook_patches or model.additional_models:
-        return "the model has a bypass LoRA, hooks or further models"
-    if any(name != "model_sampling" or not _same_flow(model, each) for name, each in model.object_patches.items()):
+    if not all(_same_flow(model, each) for each in model.object_patches.values()):
         return "another node replaced a part of the model"
     if solver not in ode.OWN:
         return f"the solver '{solver}' is another pack's"
     try:
-        patches.as_tree(model)
         wire.pack([prompt_batch.split(positive)])
-    except (ValueError, wire.Unsendable) as error:
+    except wire.Unsendable as error:
+        return str(error)
+    return None
+
+
+def model_refusal(model) -> str | None:
+    """Why ranks cannot evaluate the denoiser of this MODEL, or None. What is done to its results is no reason."""
+    ours = {WrappersMP.PREPARE_SAMPLING: [conditioning.nearby, evaluated_by_ranks]}
+    wrappers = {kind: list(itertools.chain(*own.values())) for kind, own in model.wrappers.items()}
+    if {kind: own for kind, own in wrappers.items() if own} != ours:
+        return "another node wraps the model"
+    options = model.model_options
+    if any(options.get("transformer_options", {}).values()) or "model_function_wrapper" in options:
+        return "another node changes how the model is computed"
+    if model.injections or model.hook_patches or model.additional_models:
+        return "the model has a bypass LoRA, hooks or further models"
+    if model.object_patches.keys() - {"model_sampling"}:
+        return "another node replaced a part of the model"
+    try:
+        patches.as_tree(model)
+    except ValueError as error:
         return str(error)
     return None
 
@@ -164,6 +187,43 @@ def _same_flow(model, patched) -> bool:
     """Whether noise levels mean the same: shifts only choose among them, and our sampler is given its own."""
     own = model.model.model_sampling
     return isinstance(patched, comfy.model_sampling.CONST) and patched.multiplier == own.multiplier
+
+
+def evaluated_by_ranks(prepare, model, noise_shape, conds: dict[str, list[dict]], *arguments, **options):
+    """A wrapper for the host's PREPARE_SAMPLING: a run in this process, whose denoiser ranks evaluate if they can.
+
+    The host loads the weights here; that is left out where ranks can, until they cannot.
+    """
+    load = functools.partial(prepare, model, noise_shape, conds, *arguments, **options)
+    reason = common_refusal(model.load_device) or model_refusal(model) or _prompts_refusal(conds)
+    if reason:
+        progress.tell(f"multi-gpu: this run is computed by one GPU alone, as {reason}")
+        return load()
+    given = spread_of(model)
+    group = given.group()
+    _have_patches(group, given.key, model)
+    tokens = max(states.shape[1] for states in _texts(conds))
+    choose = given.choice(group, noise_shape, tokens)
+    # As loading does: another clone's parts, such as its noise schedule, may lie in what clones share.
+    model.unpatch_model(unpatch_weights=False)
+    model.patch_model(load_weights=False)
+    run = Evaluations(group, given.key, model.model.diffusion_model, choose, _interrupted, load)
+    add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, ATTACHMENT, run, options["model_options"], is_model_options=True)
+    return model.model, conds, []
+
+
+def _prompts_refusal(conds: dict[str, list[dict]]) -> str | None:
+    """Why ranks cannot be told the prompts of a run, or None. Further inputs of the model show at an evaluation."""
+    for prompt in map(prompt_batch.unhooked, itertools.chain(*conds.values())):
+        for name, reason in FOREIGN_PROMPTS.items():
+            if prompt.get(name) is not None:
+                return reason
+    return None if _texts(conds) else "there is no text"
+
+
+def _texts(conds: dict[str, list[dict]]) -> list[torch.Tensor]:
+    states = (prompt.get("cross_attn") for prompt in itertools.chain(*conds.values()))
+    return [each for each in states if each is not None]
 
 
 def sample(

@@ -1,5 +1,6 @@
 """Running the sampler on a MODEL of the host: noise, guidance off, progress, previews, interruption."""
 
+import logging
 from collections.abc import Callable
 
 import comfy.model_management
@@ -148,12 +149,12 @@ def sample_and_report(
 
 
 def _on_ranks(model, positive: list, solver: str) -> bool:
-    """Whether ranks are to compute a run, which says so on the node where they cannot."""
+    """Whether ranks are to draw the pictures of a run; else they may still evaluate the denoiser for it."""
     if multi.spread_of(model) is None:
         return False
     reason = multi.refusal(model, positive, solver)
     if reason:
-        progress.tell(f"multi-gpu: this run is computed by one GPU alone, as {reason}")
+        logging.info("Z-Image-Turbo: multi-gpu: this run is not made on ranks as a whole, as %s.", reason)
     return reason is None
 
 

@@ -1,4 +1,5 @@
-"""Whole pictures spread over the ranks of a group: in order, each as one GPU draws it for its noise."""
+"""Pictures spread over the ranks of a group: whole ones, in order, each as one GPU draws it for its noise, or the rows
+of one evaluation of the denoiser."""
 
 import contextlib
 from collections.abc import Callable, Sequence
@@ -42,6 +43,33 @@ def draw(
         return "step" not in told
 
     return _spread(group, "draw", common, images, limit_s, on_told, check, choose)
+
+
+def evaluate(
+    group: Group,
+    common: dict[str, wire.Tree],
+    x: torch.Tensor,
+    timesteps: torch.Tensor,
+    limit_s: float,
+    check: Callable[[], object] | None = None,
+    choose: Choose = whole,
+) -> torch.Tensor:
+    """What `duties.evaluate` gives for all rows of x [B, 16, h, w], in order; in main memory, as are x and timesteps.
+
+    common: the rest of its request. choose(rows, ranks): which ranks evaluate which. Raises as `Group.call` does.
+    """
+
+    def requests(size: int) -> dict[int, wire.Tree]:
+        shares, asked = choose(len(x), size), {}
+        for members, places in zip(shares.groups, shares.images, strict=True):
+            rows = slice(places[0], places[-1] + 1)
+            request = common | {"x": x[rows], "timesteps": timesteps[rows], "first": rows.start}
+            asked |= dict.fromkeys(members, request | {"ranks": list(members) if len(members) > 1 else None})
+        return asked
+
+    answers = group.call("evaluate", requests, limit_s, check=check).values()
+    parts = sorted((told for told in answers if told is not None), key=lambda told: told["first"])
+    return torch.cat([told["result"] for told in parts])
 
 
 def decode(

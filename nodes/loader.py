@@ -35,7 +35,7 @@ class ZImageTurboLoader(io.ComfyNode):
                     default=devices.AUTO,
                     advanced=True,
                     tooltip="Where the three models run. 'auto' lets ComfyUI choose. 'multi-gpu' spreads the pictures "
-                    "of a batch over several GPUs.",
+                    "of a batch over several GPUs, by any sampler.",
                 ),
                 io.Combo.Input(
                     "attention",

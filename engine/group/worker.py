@@ -30,12 +30,13 @@ _MIB = 1 << 20
 
 
 class Rank:
-    """What handlers of operations know: their place among the ranks, and what earlier ones kept in `models`, and in
-    `together` of ranks by their numbers."""
+    """What handlers of operations know: their place among the ranks, and what earlier ones kept in `models`, in
+    `prompts`, and in `together` of ranks by their numbers."""
 
     def __init__(self, number: int, size: int, device: torch.device):
         self.number, self.size, self.device = number, size, device
         self.models: dict[str, object] = {}
+        self.prompts: dict[int, object] = {}
         self.together: dict[tuple[int, ...], object] = {}
 
 

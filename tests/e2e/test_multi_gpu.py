@@ -10,15 +10,17 @@ import psutil
 import pytest
 import pytest_asyncio
 import torch
+from safetensors.torch import save_file
 
 from zimage_turbo.launcher import pack_link
 
 from . import editor, graphs
 from .client import Client
-from .graphs import LOADER, SAMPLER, changed, turbo
+from .graphs import LOADER, PROMPT, SAMPLER, SAVE, changed, turbo
 from .servers import running
 from .sight import shows_the_saved_prompt
 
+LORA = "two_layers.safetensors"
 SEVERAL = graphs.SAVED.with_name(f"{editor.SEVERAL}.json")
 ONE_LEVEL = 1  # of 255: ranks have a thread each, the server has all cores, and sums are in another order
 PATIENCE = 60.0
@@ -29,6 +31,8 @@ pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="counts the tw
 def base(pack, tmp_path_factory):
     folder = tmp_path_factory.mktemp("multi")
     pack_link.ensure(folder / "custom_nodes", pack)
+    (folder / "models/loras").mkdir(parents=True)
+    save_file(lora(), folder / "models/loras" / LORA)
     return folder
 
 
@@ -37,6 +41,16 @@ def server(comfyui, base):
     """One of its own: some tests end its processes, and the last one ends it."""
     with running(comfyui, base, "server-multi-gpu") as running_server:
         yield running_server
+
+
+def lora() -> dict[str, torch.Tensor]:
+    """For the demo, of rank 4."""
+    width, generator = 256, torch.Generator().manual_seed(1)
+    return {
+        f"diffusion_model.{layer}.attention.out.lora_{part}.weight": torch.randn(shape, generator=generator) * 0.1
+        for layer in ("layers.0", "context_refiner.0")
+        for part, shape in (("A", (4, width)), ("B", (width, 4)))
+    }
 
 
 @pytest_asyncio.fixture
@@ -130,16 +144,50 @@ async def test_a_killed_rank_loses_no_picture(comfy, number, split):
     assert f"rank {number} (cpu) ended" in state["last_fault"]["what"] and len(state["ranks"]) == 2
 
 
-async def test_stock_sampler_runs_beside_it(comfy):
-    """By this process itself: a stock sampler asks the MODEL, which holds its weights here too."""
-    graph = several(batch_size=1)
+def by_ksampler(graph: graphs.Graph, steps: int) -> graphs.Graph:
+    """Guided, so that each evaluation is of twice as many rows; with a LoRA."""
+    graph["8"] = graphs.node("LoraLoaderModelOnly", model=[LOADER, 0], lora_name=LORA, strength_model=1.0)
     graph[SAMPLER] = graphs.node(
-        "KSampler", model=[LOADER, 0], positive=["2", 0], negative=["2", 0], latent_image=["9", 0], seed=1, steps=2,
-        cfg=1.0, sampler_name="euler", scheduler="simple", denoise=1.0,
+        "KSampler", model=["8", 0], positive=[PROMPT, 0], negative=["7", 0], latent_image=["9", 0], seed=1,
+        steps=steps, cfg=2.0, sampler_name="euler", scheduler="simple", denoise=1.0,
     )  # fmt: skip
-    graph["9"] = graphs.node("EmptySD3LatentImage", width=128, height=128, batch_size=1)
-    del graph["5"]["inputs"]["report"]
-    assert len(await comfy.draw(graph)) == 1
+    graph["7"] = graphs.node("ConditioningZeroOut", conditioning=[PROMPT, 0])
+    graph["9"] = graphs.node("EmptySD3LatentImage", width=192, height=128, batch_size=3)
+    del graph[SAVE]["inputs"]["report"]
+    return graph
+
+
+def by_custom_sampler(graph: graphs.Graph, steps: int) -> graphs.Graph:
+    graph["6"] = graphs.node("KSamplerSelect", sampler_name="dpmpp_2m")
+    graph["7"] = graphs.node("RandomNoise", noise_seed=3)
+    graph["8"] = graphs.node("BasicGuider", model=[LOADER, 0], conditioning=[PROMPT, 0])
+    graph["9"] = graphs.node("EmptySD3LatentImage", width=128, height=160, batch_size=1)
+    graph["10"] = graphs.node("BasicScheduler", model=[LOADER, 0], scheduler="simple", steps=steps, denoise=1.0)
+    graph[SAMPLER] = graphs.node(
+        "SamplerCustomAdvanced", noise=["7", 0], guider=["8", 0], sampler=["6", 0], sigmas=["10", 0],
+        latent_image=["9", 0],
+    )  # fmt: skip
+    del graph[SAVE]["inputs"]["report"]
+    return graph
+
+
+@pytest.mark.parametrize(("split", "sampler"), [("images", by_ksampler), ("sequence", by_custom_sampler)])
+async def test_stock_samplers_have_their_evaluations_made_by_ranks(comfy, server, split, sampler):
+    drawn = await comfy.draw(sampler(several(split=split), 3))
+    assert same_up_to_rounding(drawn, await comfy.draw(sampler(turbo(), 3)))
+    assert "one GPU alone" not in server.log.read_text(encoding="utf-8")
+
+
+async def test_a_rank_killed_at_a_stock_sampler_loses_nothing(comfy):
+    """Those in its place are told of the LoRA and the prompts, and meet, while the sampler waits."""
+    wanted = await comfy.draw(by_ksampler(turbo(), 16))
+    prompt_id = await comfy.queue(by_ksampler(several(split="sequence"), 16))
+    await comfy.hear("progress", prompt_id=prompt_id, node=SAMPLER)
+    (await ranks(comfy))[0].kill()
+    result = await comfy.finish(prompt_id)
+    drawn = np.stack([np.asarray(await comfy.picture(image)) for image in result.images])
+    assert same_up_to_rounding(drawn, wanted)
+    assert "rank 0 (cpu) ended" in (await until_well(comfy))["last_fault"]["what"]
 
 
 async def test_more_ranks_take_the_place_of_the_first_ones(comfy):

@@ -7,11 +7,12 @@ import psutil
 import pytest
 import torch
 
-from zimage_turbo.engine import catalogue, ode, sampling, spread, text
+from zimage_turbo.engine import catalogue, ode, prompt_batch, sampling, spread, text
 from zimage_turbo.engine.group.coordinator import Group
 from zimage_turbo.engine.group.faults import Refused
 from zimage_turbo.engine.group.launch import Setup
 from zimage_turbo.engine.group.team import Limits
+from zimage_turbo.tests.comparison import relative_error
 
 LIMIT = 180.0
 PROMPTS = ("a red circle at the top left", 'a white sign that says "AB"', "a small blue star below a green square")
@@ -114,15 +115,20 @@ def test_previews_are_clean_latents_on_the_way(group, positives):
     assert result["picture"] is None
 
 
-def test_one_evaluation(group, demo, positives, one_thread):
-    patcher = demo[0]
-    x, timesteps = torch.randn(2, 16, 12, 10), torch.tensor([0.3, 0.8])
-    context = positives[0][0][0].expand(2, -1, -1)
-    request = {"key": "demo", "x": x, "timesteps": timesteps, "context": context, "num_tokens": context.shape[1]}
-    request |= {"attention_mask": None, "options": {"sigmas": timesteps, "uuids": ["a", "b"]}, "arguments": {}}
-    there = group.call("evaluate", lambda size: {1: request}, LIMIT)[1]
-    here = patcher.model.diffusion_model(x, timesteps, context, context.shape[1], None, transformer_options={})
-    assert torch.equal(there, here)
+def test_one_evaluation_of_prompts_of_several_lengths(group, demo, positives, one_thread):
+    """Two of three rows by one rank, as a batch, and one by the other."""
+    x, timesteps = torch.randn(3, 16, 12, 10), torch.tensor([0.3, 0.8, 0.5])
+    ((context, extra),) = prompt_batch.gathered(positives)
+    lengths = prompt_batch.lengths_of(extra)
+    prompt = {"context": context, "num_tokens": max(lengths), "attention_mask": extra["attention_mask"]}
+    group.keep("prompt 2", "prompt", prompt | {"number": 2, "name": "three", "lengths": lengths}, LIMIT)
+    there = spread.evaluate(group, {"key": "demo", "prompt": 2}, x, timesteps, LIMIT)
+    here = [
+        demo[0].model.diffusion_model(x[row][None], timesteps[row][None], states, states.shape[1], None)
+        for row, ((states, _),) in enumerate(positives)
+    ]
+    assert len(set(lengths)) > 1
+    assert relative_error(there, torch.cat(here)) < 1e-5
 
 
 def test_cancel_leaves_the_ranks_well(group, positives):

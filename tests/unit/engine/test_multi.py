@@ -2,13 +2,19 @@
 
 import json
 
+import comfy.hooks
 import comfy.model_management as management
+import comfy.model_patcher
+import comfy.samplers
 import comfy.sd
 import comfy_extras.nodes_model_advanced as advanced
+import node_helpers
 import pytest
 import torch
 
-from zimage_turbo.engine import devices, multi, ode, sampling, text
+import nodes as host_nodes
+from zimage_turbo.engine import devices, evaluations, multi, ode, sampling, text
+from zimage_turbo.engine.group.coordinator import Group
 from zimage_turbo.engine.group.current import current
 from zimage_turbo.engine.group.team import Team
 from zimage_turbo.nodes.loader import ZImageTurboLoader
@@ -53,6 +59,28 @@ def one_by_one(model, positives, seed=5):
     return torch.cat(latents)
 
 
+def stock(model, positive, negative=None, cfg=1.0, batch=2, steps=STEPS):
+    """What the host's KSampler draws."""
+    latent = {"samples": torch.zeros(batch, 16, SIDE // 8, SIDE // 8)}
+    settings = {"seed": 5, "steps": steps, "cfg": cfg, "sampler_name": "euler", "scheduler": "simple"}
+    settings |= {"positive": positive, "negative": negative or positive, "latent_image": latent}
+    return host_nodes.KSampler().sample(model, **settings)[0]["samples"]
+
+
+def loaded_here(model) -> bool:
+    return any(each.model.model is model.model for each in management.current_loaded_models)
+
+
+def lora_file(demo):
+    generator = torch.Generator().manual_seed(1)
+    width = demo[0].model.diffusion_model.dim
+    return {
+        f"diffusion_model.{layer}.attention.out.lora_{part}.weight": torch.randn(shape, generator=generator) * 0.2
+        for layer in ("layers.0", "context_refiner.0")
+        for part, shape in (("A", (4, width)), ("B", (width, 4)))
+    }
+
+
 def test_a_batch_of_prompts(spread, demo, monkeypatch):
     model, clip, vae = spread
     positive = ZImageTurboTextEncode.execute(clip, PROMPTS, one_per_line=True)[0]
@@ -92,20 +120,16 @@ def _list(report: str) -> list:
 
 
 def test_a_lora_reaches_every_rank_and_leaves(spread, demo):
-    generator = torch.Generator().manual_seed(1)
-    width = demo[0].model.diffusion_model.dim
-    file = {
-        f"diffusion_model.layers.0.attention.out.lora_{part}.weight": torch.randn(shape, generator=generator) * 0.2
-        for part, shape in (("A", (4, width)), ("B", (width, 4)))
-    }
-    positive = text.encode(demo[1], "a red circle")
+    file, positive = lora_file(demo), text.encode(demo[1], "a red circle")
     there, here = (comfy.sd.load_lora_for_models(each[0], None, file, 1.0, 0.0)[0] for each in (spread, demo))
-    plain = drawn(spread[0], positive, batch_size=2)[0]["samples"]
-    with_lora = drawn(there, positive, batch_size=2)[0]["samples"]
-    wanted = one_by_one(here, [positive] * 2)
+    plain, plain_by_stock = drawn(spread[0], positive, batch_size=2)[0]["samples"], stock(spread[0], positive)
+    with_lora, with_lora_by_stock = drawn(there, positive, batch_size=2)[0]["samples"], stock(there, positive)
+    wanted, wanted_by_stock = one_by_one(here, [positive] * 2), stock(here, positive)
     management.unload_all_models()
     assert torch.equal(with_lora, wanted) and not torch.equal(with_lora, plain)
+    assert relative_error(with_lora_by_stock, wanted_by_stock) < 1e-5
     assert torch.equal(drawn(spread[0], positive, batch_size=2)[0]["samples"], plain)
+    assert torch.equal(stock(spread[0], positive), plain_by_stock)
 
 
 def test_image_to_image_with_a_mask(spread, demo):
@@ -133,6 +157,83 @@ def test_what_ranks_cannot_be_told_is_computed_here(spread, demo, caplog):
     assert "computed by one GPU alone, as another node changes how the model is computed" in caplog.text
 
 
+def told_prompts(monkeypatch) -> list[str]:
+    """Under which keys ranks are told prompts from now on."""
+    told, keep = [], Group.keep
+
+    def noted(group, key, operation, *rest, **watching):
+        told.extend([key] if operation == "prompt" else [])
+        keep(group, key, operation, *rest, **watching)
+
+    monkeypatch.setattr(Group, "keep", noted)
+    return told
+
+
+def test_a_stock_sampler_has_its_evaluations_made_by_ranks(spread, demo, monkeypatch, caplog):
+    """The weights are not loaded here, and ranks are told prompts once."""
+    caplog.set_level("INFO")
+    positive = ZImageTurboTextEncode.execute(spread[1], PROMPTS, one_per_line=True)[0]
+    negative = text.encode(demo[1], "a blue star")
+    management.unload_all_models()
+    wanted = [stock(demo[0], positive, negative, cfg, batch=3) for cfg in (1.0, 2.5)]
+    told = told_prompts(monkeypatch)
+    assert relative_error(stock(spread[0], positive, negative, 1.0, batch=3), wanted[0]) < 1e-5
+    assert relative_error(stock(spread[0], positive, negative, 2.5, batch=3), wanted[1]) < 1e-5
+    assert len(told) == 2 and not loaded_here(spread[0]) and "one GPU alone" not in caplog.text
+    assert caplog.text.count("3 images whole") <= 2
+
+
+def test_more_prompts_at_a_step_than_ranks_keep(spread, demo, monkeypatch):
+    """Areas of a picture, each with a prompt of its own, two and two of one length."""
+    entries = []
+    for number in range(6):
+        words = " ".join(["red" if number % 2 else "blue"] * (1 + 4 * (number // 2)))
+        area = (4 + 2 * number, 16, 2 * number % 4, 0)
+        entries += node_helpers.conditioning_set_values(text.encode(demo[1], words), {"area": area, "strength": 1.0})
+    told = told_prompts(monkeypatch)
+    assert relative_error(stock(spread[0], entries), stock(demo[0], entries)) < 1e-5
+    assert set(told) == {f"prompt {number}" for number in range(evaluations.PROMPTS)}
+
+
+def test_a_noise_schedule_is_that_of_the_model_that_runs(spread, demo):
+    """Though the weights are not loaded here, which is when the host puts it in its place."""
+    (shifted,), (wanted,) = (advanced.ModelSamplingAuraFlow().patch_aura(each[0], 12.0) for each in (spread, demo))
+    late = node_helpers.conditioning_set_values(text.encode(demo[1], "a star"), {"start_percent": 0.5})
+    positive = late + node_helpers.conditioning_set_values(text.encode(demo[1], "a circle"), {"end_percent": 0.5})
+    for there, here in ((shifted, wanted), (spread[0], demo[0])):
+        assert relative_error(stock(there, positive, steps=4), stock(here, positive, steps=4)) < 1e-5
+
+
+def guided_by_less(args):
+    """Of a MODEL's results and those with its blocks patched, as by the host's skip-layer guidance."""
+    options = comfy.model_patcher.create_model_options_clone(args["model_options"])
+    options["transformer_options"]["patches"] = {"double_block": [lambda given: {"img": given["img_input"]}]}
+    (other,) = comfy.samplers.calc_cond_batch(args["model"], [args["cond"]], args["input"], args["sigma"], options)
+    return args["denoised"] + 0.5 * (args["cond_denoised"] - other)
+
+
+def test_evaluations_that_ranks_cannot_be_told_are_computed_here(spread, demo, caplog):
+    caplog.set_level("INFO")
+    positive = text.encode(demo[1], "a red circle")
+    there, here = (each[0].clone() for each in (spread, demo))
+    for model in (there, here):
+        model.set_model_sampler_post_cfg_function(guided_by_less)
+    management.unload_all_models()
+    assert relative_error(stock(there, positive), stock(here, positive)) < 1e-5
+    reason = "evaluations are computed by one GPU alone, as transformer_options has patches"
+    assert caplog.text.count(reason) == 1 and loaded_here(there)
+
+
+def test_prompts_that_ranks_cannot_be_told(spread, demo, caplog):
+    caplog.set_level("INFO")
+    positive = text.encode(demo[1], "a red circle")
+    hooks = comfy.hooks.HookGroup()
+    hooks.add(comfy.hooks.TransformerOptionsHook({"wrappers": {}}))
+    hooked = comfy.hooks.set_hooks_for_conditioning(positive, hooks)
+    assert relative_error(stock(spread[0], hooked), stock(demo[0], positive)) < 1e-5
+    assert "this run is computed by one GPU alone, as a prompt has hooks" in caplog.text
+
+
 @pytest.fixture(scope="module")
 def joint():
     """MODEL and VAE of the demo on two ranks that draw each picture together."""
@@ -145,6 +246,7 @@ def test_two_ranks_draw_each_picture_together(joint, demo, caplog):
     positive = text.encode(demo[1], 'a white sign that says "AB"')
     latent = drawn(joint[0], positive, batch_size=2)[0]["samples"]
     assert relative_error(latent, one_by_one(demo[0], [positive] * 2)) < 1e-5
+    assert relative_error(stock(joint[0], positive), stock(demo[0], positive)) < 1e-5
     assert "each image split over 2 ranks, as asked" in caplog.text
 
 
@@ -154,6 +256,10 @@ def test_ranks_that_draw_together_stop_together(joint, demo, monkeypatch):
         interrupt_after(patch, 4)
         with pytest.raises(management.InterruptProcessingException):
             drawn(joint[0], positive, steps=60)
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 40)
+        with pytest.raises(management.InterruptProcessingException):
+            stock(joint[0], positive, steps=60)
     fault = current.document()["last_fault"]
     latent = drawn(joint[0], positive)[0]["samples"]
     assert relative_error(latent, one_by_one(demo[0], [positive])) < 1e-5

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Starts the graph editor: 1键启动.sh [--num_gpus N] [--no-browser] [--port P]. Works from any folder and as a link.
+# Starts the graph editor: 1键启动.sh [--num_gpus N] [--no-browser] [--port P] …. Works from any folder and as a link.
 set -euo pipefail
 
 script="${BASH_SOURCE[0]}"

@@ -6,6 +6,7 @@ from server import PromptServer
 
 from .engine import layouts
 from .nodes import NODES
+from .server import need
 from .server.routes import add_health
 
 WEB_DIRECTORY = "./web"
@@ -15,6 +16,7 @@ class ZImageTurboExtension(ComfyExtension):
     async def on_load(self) -> None:
         layouts.register()  # a stock loader that is given a file of ours then says whose it is
         add_health(PromptServer.instance)
+        need.watch(PromptServer.instance)
 
     async def get_node_list(self) -> list:
         return NODES

@@ -4,6 +4,7 @@ python install.py                    look at this machine and say what is missin
 python install.py run [workflow]     draw a picture; sets everything up on a fresh machine
 python install.py test [arguments]   set everything up and run the tests
 python install.py start              open the graph editor on port 7860
+python install.py join URL           lend this machine's GPUs to multi-gpu on another one
 """
 
 import sys
@@ -16,6 +17,7 @@ import os
 import signal
 from pathlib import Path
 
+from launcher import hosts
 from launcher.check import check
 from launcher.home import Home
 from launcher.report import LauncherError
@@ -39,11 +41,20 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     commands.add_parser("test", help="run the tests; what follows goes to pytest")
 
     starting = commands.add_parser("start", help="open the graph editor")
-    starting.add_argument("--num_gpus", "--num-gpus", type=int, metavar="N", help="use the first N GPUs (default: all)")
+    number = ("--num_gpus", "--num-gpus")
+    starting.add_argument(*number, type=int, metavar="N", help="use the first N GPUs (default: all)")
     starting.add_argument("--no-browser", action="store_true", help="do not open a browser")
     starting.add_argument("--port", type=int, default=7860, help="port of the editor (default: 7860)")
     starting.add_argument("--listen", default="127.0.0.1", metavar="ADDR", help="address (default: 127.0.0.1)")
     starting.add_argument("--comfyui", metavar="PATH", help="use this ComfyUI (default: that around the pack)")
+    starting.add_argument("--hosts", type=int, metavar="N", help="multi-gpu: N machines, this one included")
+    starting.add_argument("--address", metavar="ADDR", help="multi-gpu: this machine's, as the other machines reach it")
+
+    joining = commands.add_parser("join", help="lend this machine's GPUs to multi-gpu on another one")
+    joining.add_argument("url", help="as the other machine's ComfyUI says, for example http://10.0.0.1:17860")
+    joining.add_argument("--address", required=True, metavar="ADDR", help="of this machine, as the other reaches it")
+    joining.add_argument(*number, type=int, metavar="N", help="lend the first N GPUs (default: all)")
+    joining.add_argument("--comfyui", metavar="PATH", help="use this ComfyUI (default: that around the pack)")
     if arguments[:1] == ["test"]:  # argparse would take pytest's options for its own
         return argparse.Namespace(command="test", arguments=arguments[1:])
     return parser.parse_args(arguments)
@@ -56,8 +67,11 @@ def execute(options: argparse.Namespace, home: Home) -> int:
     if options.command == "test":
         return test(home, options.arguments)
     if options.command == "start":
-        start(home, options.num_gpus, not options.no_browser, options.port, options.listen, options.comfyui)
+        group = hosts.told(options.hosts, options.address, os.environ)
+        start(home, options.num_gpus, not options.no_browser, options.port, options.listen, options.comfyui, group)
         return 0
+    if options.command == "join":
+        hosts.join(home, options.url, options.address, options.num_gpus, options.comfyui)
     return check(home)
 
 
@@ -81,7 +95,7 @@ def main() -> int:
         return 1
     except KeyboardInterrupt:
         print("\nStopped.", file=sys.stderr)
-        return 0 if options.command == "start" else 130
+        return 0 if options.command in ("start", "join") else 130
 
 
 if __name__ == "__main__":

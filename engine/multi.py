@@ -7,6 +7,8 @@ ranks cannot be told this process computes, and says so.
 
 import functools
 import itertools
+import logging
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,12 +29,13 @@ from .evaluations import Evaluations
 from .group import wire
 from .group.coordinator import Group
 from .group.current import current
-from .group.launch import Setup
+from .group.launch import Hosts, Setup
 from .refusal import common_refusal
 
 ATTACHMENT = "zimage_multi_gpu"
 MODEL, PATCHES, MEETING = "model", "patches", "meeting"  # what ranks that take others' place are told again
 LOAD_LIMIT, PICTURE_LIMIT = 900.0, 600.0  # seconds
+PIXELS = 8  # of a picture's side, for one of its latent
 # Options of ComfyUI that say how and where models are computed; all others are the server's alone.
 FLAGS = (
     "force_fp32", "force_fp16", "fp32_unet", "bf16_unet", "fp16_unet", "fp16_vae", "fp32_vae", "bf16_vae", "cpu_vae",
@@ -70,8 +73,8 @@ class Spread:
 
     @classmethod
     def of(cls, parts: Parts, precision: str, attention: str, num_gpus: int = 0, split: str = plan.AUTO) -> "Spread":
-        """Of what the loader is given. Raises ValueError for more GPUs than there are."""
-        setup = Setup(devices.ranks(num_gpus), options())
+        """Of what the loader is given. Raises ValueError for more GPUs than there are, and as `Hosts.of`."""
+        setup = Setup(devices.ranks(num_gpus), options(), hosts=Hosts.of(os.environ))
         return cls(setup, parts.diffusion_model, parts.vae, precision, attention, split)
 
     @property
@@ -82,7 +85,10 @@ class Spread:
 
     def group(self) -> Group:
         """The group of this process, these models on its ranks. Raises GroupError, and ValueError as the loader."""
-        group = current.group(self.setup)
+        group = current.group(self.setup, owner=self)
+        if self.setup.devices[0] != devices.CPU and "topology" not in group.about:
+            group.about["topology"] = topology.read().as_dict()
+            logging.info("Z-Image-Turbo: multi-gpu: %s.", topology.read().described())
         wanted = {"diffusion_model": str(self.diffusion_model), "vae": str(self.vae), "key": self.key, "cache": False}
         wanted |= {"precision": self.precision, "attention": self.attention}
         if group.kept(MODEL) != wanted:
@@ -92,24 +98,32 @@ class Spread:
 
     def choice(self, group: Group, latent: torch.Size, tokens: int) -> spread.Choose:
         """Which ranks draw which pictures of this size, [.., h, w]; those that are to draw together meet first."""
-        islands = _islands(self.setup.devices)
+        islands = _islands(group)
         sizes = range(2, max(map(len, islands)) + 1) if self.split != plan.IMAGES else ()
         if self.split == plan.SEQUENCE:
             sizes = sizes[-1:]
         elif self.setup.devices[0] == devices.CPU:  # whose cores one rank has as well as two
             sizes = ()
         for size in sizes:
-            if not group.kept(f"{MEETING} {size}"):
-                request = {"islands": islands, "size": size}
+            request = {"islands": islands, "size": size}
+            if group.kept(f"{MEETING} {size}") != request:
                 group.keep(f"{MEETING} {size}", "meet", request, LOAD_LIMIT, check=_interrupted)
         if sizes and self.split == plan.AUTO and latent[-2:] not in self.seconds:
             self.seconds[latent[-2:]] = self._measured(group, [1, *sizes], islands, latent, tokens)
         seconds = self.seconds.get(latent[-2:])
+        if self.seconds:
+            group.about["seconds_an_evaluation"] = {
+                _size(each): {str(ranks): round(own, 5) for ranks, own in found.items()}
+                for each, found in self.seconds.items()
+            }
 
         def choose(images: int, ranks: int) -> plan.Plan:
             left = [[number for number in island if number < ranks] for island in islands]
-            chosen = plan.choose(images, [island for island in left if island], self.split, seconds)
-            progress.tell(f"multi-gpu: {chosen.reason}")
+            split = self.split if sizes else plan.IMAGES
+            chosen = plan.choose(images, [island for island in left if island], split, seconds)
+            if group.about.get("choice", {}).get("reason") != chosen.reason:
+                progress.tell(f"multi-gpu: {chosen.reason}")
+            group.about["choice"] = chosen.as_dict() | {"size": _size(latent)}
             return chosen
 
         return choose
@@ -125,13 +139,24 @@ class Spread:
         return {size: max(seconds) for size, seconds in found.items() if seconds}
 
 
-def _islands(names: Sequence[str]) -> list[list[int]]:
-    """The numbers of ranks that fast links join: of GPUs by NVLink, of the processor all."""
-    if names[0] == devices.CPU:
-        return [list(range(len(names)))]
-    numbers = {int(name.removeprefix("cuda:")): number for number, name in enumerate(names)}
-    found = [[numbers[index] for index in island if index in numbers] for island in topology.read().islands()]
-    return [island for island in found if island]
+def _islands(group: Group) -> list[list[int]]:
+    """The numbers of ranks that fast links join: of this machine's GPUs by NVLink, of its processor all, and all of
+    another machine, as what links them is not known here."""
+    machines: dict[str, dict[int, str]] = {}
+    for number, (machine, device) in group.places().items():
+        machines.setdefault(machine, {})[number] = device
+    own = machines.pop(group.setup.address)
+    others = [list(ranks) for ranks in machines.values()]
+    if devices.CPU in own.values():
+        return [list(own), *others]
+    numbers = {int(device.removeprefix("cuda:")): number for number, device in own.items()}
+    linked = [[numbers[index] for index in island if index in numbers] for island in topology.read().islands()]
+    return [island for island in (*linked, *others) if island]
+
+
+def _size(latent: torch.Size) -> str:
+    """Of the picture, '1024x768'."""
+    return f"{latent[-1] * PIXELS}x{latent[-2] * PIXELS}"
 
 
 def attach(model, vae: comfy.sd.VAE, given: Spread) -> None:

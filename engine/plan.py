@@ -19,6 +19,16 @@ class Plan:
     images: tuple[tuple[int, ...], ...]
     reason: str
 
+    def as_dict(self) -> dict[str, int | str]:
+        """JSON-ready, for /health."""
+        ranks = len(self.groups[0])
+        return {
+            "split": SEQUENCE if ranks > 1 else IMAGES,
+            "ranks_a_picture": ranks,
+            "pictures": sum(map(len, self.images)),
+            "reason": self.reason,
+        }
+
 
 def choose(
     images: int, islands: Sequence[Sequence[int]], split: str = AUTO, seconds: Mapping[int, float] | None = None

@@ -1,5 +1,6 @@
 """How a machine's GPUs are linked, as its driver says: which pairs by NVLink, and at which processor each lies."""
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -42,15 +43,39 @@ class Topology:
         return tuple(sorted(map(tuple, found), key=lambda island: (-len(island), island)))
 
     def described(self) -> str:
-        """For the log, e.g. '8 GPUs: 0 to 7 by NVLink'."""
-        many = [island for island in self.islands() if len(island) > 1]
+        """For the log, e.g. '4 GPUs: 0 1 by NVLink, 2 3 by NVLink; memory node 0: 0 1, 1: 2 3'."""
         count = f"{len(self.gpus)} GPU{'' if len(self.gpus) == 1 else 's'}"
-        if not many:
-            linked = "; peer access by PCIe" if self.peers else ""
-            return f"{count} without NVLink{linked}" if len(self.gpus) > 1 else count
-        return f"{count}: " + ", ".join(f"{' '.join(map(str, island))} by NVLink" for island in many)
+        if len(self.gpus) < 2:
+            return count
+        many = [island for island in self.islands() if len(island) > 1]
+        linked = ": " + ", ".join(f"{_listed(island)} by NVLink" for island in many) if many else " without NVLink"
+        peers = "; peer access by PCIe" if self.peers - self.nvlink else ""
+        return f"{count}{linked}{peers}{self._nodes()}"
+
+    def _nodes(self) -> str:
+        """Which GPUs lie at which node of processor memory, where there are several."""
+        nodes: dict[int | None, list[int]] = {}
+        for gpu in self.gpus:
+            nodes.setdefault(gpu.numa, []).append(gpu.index)
+        if len(nodes) < 2 or None in nodes:
+            return ""
+        return "; memory node " + ", ".join(f"{node}: {_listed(indices)}" for node, indices in sorted(nodes.items()))
+
+    def as_dict(self) -> dict[str, object]:
+        """JSON-ready, for /health: in words; islands; pairs with peer access; and of each GPU its memory node."""
+        return {
+            "described": self.described(),
+            "nvlink_islands": [list(island) for island in self.islands()],
+            "peer_access": [list(pair) for pair in sorted(self.peers)],
+            "memory_nodes": [gpu.numa for gpu in self.gpus],
+        }
 
 
+def _listed(indices: Sequence[int]) -> str:
+    return " ".join(map(str, indices))
+
+
+@functools.cache
 def read() -> Topology:
     """Of the GPUs that CUDA shows to this process, in its order. Raises pynvml.NVMLError."""
     count = torch.cuda.device_count()

@@ -16,8 +16,16 @@ from .python_probe import Facts
 from .report import LauncherError, Steps
 
 
-def start(home: Home, num_gpus: int | None, open_browser: bool, port: int, listen: str, comfyui: str | None) -> None:
-    """Set up what is missing and serve the editor until SIGINT or SIGTERM.
+def start(
+    home: Home,
+    num_gpus: int | None,
+    open_browser: bool,
+    port: int,
+    listen: str,
+    comfyui: str | None,
+    hosts: Mapping[str, str],
+) -> None:
+    """Set up what is missing and serve the editor until SIGINT or SIGTERM. ``hosts``: as ``hosts.told`` says.
 
     Raises LauncherError when the port is taken, fewer GPUs are visible than ``num_gpus``, or the server ends by itself.
     """
@@ -25,7 +33,7 @@ def start(home: Home, num_gpus: int | None, open_browser: bool, port: int, liste
     steps = Steps(preparation.STEPS + 3)
     installation = preparation.prepare(home, comfyui, steps)
     with steps.step("GPUs and memory") as step:
-        environ = dict(os.environ)
+        environ = {**os.environ, **hosts}
         facts = installation.facts
         if num_gpus is not None:
             current = environ.get("CUDA_VISIBLE_DEVICES")
@@ -67,7 +75,8 @@ def limit_gpus(current: str | None, visible: int, wanted: int) -> str:
             f"--num_gpus {wanted}: {visible} GPU(s) are visible to torch{limited}",
             f"use a number from 1 to {visible}, or leave --num_gpus out"
             if visible
-            else "leave --num_gpus out to run on the CPU; or check nvidia-smi and that torch is a CUDA build",
+            else "leave --num_gpus out to run on the CPU, where num_gpus in the loader is a number of processes; or "
+            "check nvidia-smi and that torch is a CUDA build",
         )
     names = [name.strip() for name in current.split(",")] if current else [str(index) for index in range(visible)]
     return ",".join(names[:wanted])

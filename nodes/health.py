@@ -16,7 +16,7 @@ class ZImageTurboHealth(io.ComfyNode):
             node_id="ZImageTurboHealth",
             display_name="Z-Image-Turbo Health",
             category="Z-Image-Turbo",
-            description="Shows what GET /health says: device, memory, loaded models, queue, last error.",
+            description="Shows what GET /health says: device, memory, loaded models, multi-gpu, queue, last error.",
             search_aliases=["status", "memory", "gpu"],
             inputs=[],
             outputs=[io.String.Output(display_name="health", tooltip="The state as JSON text.")],

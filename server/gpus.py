@@ -6,7 +6,7 @@ _MIB = 1024 * 1024
 
 
 def gpu_state() -> list[dict]:
-    """Every NVIDIA GPU: name, used and total MiB, utilisation in percent, temperature in °C, and links that are up.
+    """Every NVIDIA GPU: name, id, used and total MiB, utilisation in percent, temperature in °C, and links that are up.
 
     What a driver does not say is left out; if it says nothing at all, one entry has the reason. Empty without a driver.
     """
@@ -26,13 +26,17 @@ def gpu_state() -> list[dict]:
 
 def _one(handle) -> dict:
     state = {"name": pynvml.nvmlDeviceGetName(handle)}
-    for reader in (_memory, _utilisation, _temperature, _nvlinks):
+    for reader in (_uuid, _memory, _utilisation, _temperature, _nvlinks):
         try:
             state |= reader(handle)
         except pynvml.NVMLError as error:
             if reader is _memory:  # GPUs that share the processor's memory, slices of a GPU
                 state["error"] = str(error)
     return state
+
+
+def _uuid(handle) -> dict:
+    return {"uuid": pynvml.nvmlDeviceGetUUID(handle)}
 
 
 def _memory(handle) -> dict:

@@ -24,7 +24,8 @@ def document(server) -> dict:
     ``status`` is 'ok'; 'error', when no prompt can be run; or 'degraded', when multi-gpu has not all GPUs that it was
     asked for. The last two have a ``reason``.
     """
-    reason, ranks = fault(), current.document()
+    gpus = gpu_state()
+    reason, ranks = fault(), multi_gpu(gpus)
     degraded = ranks is not None and ranks["state"] in (DEGRADED, FAILED)
     status = (
         ("error", reason) if reason else ("degraded", f"multi-gpu: {ranks['reason']}") if degraded else ("ok", None)
@@ -37,7 +38,7 @@ def document(server) -> dict:
         "torch": torch.__version__,
         "device": str(management.get_torch_device()),
         "loaded_models": loaded_models(),
-        "memory": memory(),
+        "memory": memory(gpus),
         **({"multi_gpu": ranks} if ranks else {}),
         "queue": queue(server),
         "last_error": last_error(server.prompt_queue),
@@ -81,14 +82,24 @@ def _forwards(model) -> dict:
     return next(({"forwards": dict(counts)} for counts in counted if isinstance(counts, Counter)), {})
 
 
-def memory() -> dict:
+def multi_gpu(gpus: list[dict]) -> dict | None:
+    """The state of the processes on several GPUs, each with its GPU's if it is one of `gpus`; None without any."""
+    state = current.document()
+    if state is None:
+        return None
+    by_uuid = {gpu["uuid"]: gpu for gpu in gpus if "uuid" in gpu}
+    ranks = [rank | ({"gpu": by_uuid[rank["uuid"]]} if rank.get("uuid") in by_uuid else {}) for rank in state["ranks"]]
+    return state | {"ranks": ranks}
+
+
+def memory(gpus: list[dict]) -> dict:
     """In MiB: this process and the machine's RAM; and each GPU as its driver sees it."""
     ram = psutil.virtual_memory()
     return {
         "process_mib": round(psutil.Process().memory_info().rss / _MIB),
         "ram_available_mib": round(ram.available / _MIB),
         "ram_total_mib": round(ram.total / _MIB),
-        "gpus": gpu_state(),
+        "gpus": gpus,
     }
 
 

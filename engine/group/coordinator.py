@@ -11,8 +11,9 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from concurrent.futures import Future
+from urllib.parse import urlsplit
 
 from . import wire
 from .faults import DEVICE, ENDED, Fault, GroupError, Refused
@@ -31,7 +32,7 @@ class Group:
     """Ranks on the devices of `setup`, started at the first request.
 
     devices: asked at each start, which of them are there now; None for all. Methods may be called from any thread but
-    the group's own.
+    the group's own. about: what those who use the group have `document` say of that use, JSON-ready.
     """
 
     def __init__(
@@ -39,7 +40,9 @@ class Group:
     ) -> None:
         self.setup, self.limits = setup, limits or Limits()
         self._devices = devices or (lambda: setup.devices)
+        self.about: dict[str, object] = {}
         self._kept: dict[str, tuple[str, wire.Tree, float]] = {}
+        self._calls, self._used = 0, time.monotonic()
         self._team: Team | None = None
         self._starting: asyncio.Task[Team] | None = None
         self._ending: asyncio.Task[None] | None = None
@@ -53,7 +56,8 @@ class Group:
 
     def start(self) -> int:
         """Start the ranks unless they run, and wait. Returns how many there are. Raises GroupError."""
-        return len(self._submit(self._ready()).result().members)
+        with self._in_use():
+            return len(self._submit(self._ready()).result().members)
 
     def call(
         self,
@@ -71,18 +75,19 @@ class Group:
         steps. Raises Refused for a wrong request, wire.Unsendable, and GroupError.
         """
         events: queue.SimpleQueue[tuple[int, bytes] | None] = queue.SimpleQueue()
-        request = self._request(operation, plan, lambda rank, body: events.put((rank, body)), limit_s)
-        future = self._submit(request)
-        future.add_done_callback(lambda _: events.put(None))
-        try:
-            while (event := _next(events, check)) is not None:
-                rank, body = event
-                if on_progress is not None:
-                    on_progress(rank, wire.unpack(body))
-        except BaseException:
-            future.cancel()
-            raise
-        return {rank: wire.unpack(body) for rank, body in sorted(future.result().items())}
+        with self._in_use():
+            request = self._request(operation, plan, lambda rank, body: events.put((rank, body)), limit_s)
+            future = self._submit(request)
+            future.add_done_callback(lambda _: events.put(None))
+            try:
+                while (event := _next(events, check)) is not None:
+                    rank, body = event
+                    if on_progress is not None:
+                        on_progress(rank, wire.unpack(body))
+            except BaseException:
+                future.cancel()
+                raise
+            return {rank: wire.unpack(body) for rank, body in sorted(future.result().items())}
 
     def keep(self, key: str, operation: str, request: wire.Tree, limit_s: float, **watching) -> None:
         """Ask it of all ranks now, and of all that are started in their place, until `drop`. Raises as `call` does.
@@ -121,6 +126,15 @@ class Group:
         self._thread.join()
         self._loop.close()
 
+    def used(self) -> float:
+        """When it last worked for somebody, by time.monotonic(): now while it does."""
+        return time.monotonic() if self._calls else self._used
+
+    def places(self) -> dict[int, tuple[str, str]]:
+        """The machine's address and the device of each rank, by its number. Starts them if need be, as `start`."""
+        with self._in_use():
+            return self._submit(self._placed()).result()
+
     def document(self) -> dict:
         """JSON-ready state, without waiting: `state` is one of the names above, with a reason; times in seconds since
         1970; ranks as they last said."""
@@ -128,11 +142,22 @@ class Group:
         members = sorted(team.members.items()) if team else []
         return {
             **self._state,
+            **self.about,
             "asked": len(self.setup.devices),
             "ranks": [{**member.state, "device": member.device} for _, member in members],
             "starts": self._starts,
             "last_fault": self._last_fault,
         }
+
+    @contextlib.contextmanager
+    def _in_use(self) -> Iterator[None]:
+        with self._gate:
+            self._calls += 1
+        try:
+            yield
+        finally:
+            with self._gate:
+                self._calls, self._used = self._calls - 1, time.monotonic()
 
     def _submit(self, work: Coroutine) -> Future:
         """Have it run on the group's thread. Raises GroupError after `close`, which waits for what came before."""
@@ -161,6 +186,14 @@ class Group:
             self._barren = 0
             return answers
         raise GroupError(f"'{operation}' failed on several GPUs, twice: {fault}. {fault.remedy}") from fault
+
+    async def _placed(self) -> dict[int, tuple[str, str]]:
+        own = self.setup.address
+        members = sorted((await self._ready()).members.items())
+        return {
+            number: (own if member.process else urlsplit(member.url).hostname, member.device)
+            for number, member in members
+        }
 
     async def _ready(self) -> Team:
         """The team that works, started if need be. Raises GroupError."""
@@ -225,7 +258,8 @@ class Group:
                 await team.run(operation, dict.fromkeys(team.members, body), lambda *_: None, limit_s)
 
     def _announce(self, team: Team, broken: dict[str, str], seconds: float) -> None:
-        count, asked = len(team.members), len(self.setup.devices) * (self.setup.hosts.count if self.setup.hosts else 1)
+        elsewhere = sum(member.process is None for member in team.members.values())
+        count, asked = len(team.members), len(self.setup.devices) + elsewhere
         names = ", ".join(member.device for _, member in sorted(team.members.items()))
         said = f"{count} of {asked} ranks ready in {seconds:.1f} s: {names}"
         if count < asked:

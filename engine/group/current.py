@@ -1,26 +1,65 @@
-"""The group of ranks that this process has: at most one, as ranks hold the whole memory of their GPUs."""
+"""The group of ranks that this process has: at most one, as ranks hold the whole memory of their GPUs.
 
+It lives as long as somebody needs it, and a while longer: what nobody needs any more would keep that memory from all
+others.
+"""
+
+import logging
 import threading
+import time
+import weakref
 
 from .coordinator import Group
 from .launch import Setup
 from .team import Limits
 
+# To start ranks anew, with all their models, takes far longer than a picture: who changes a setting, or goes back to a
+# workflow after a glance at another, shall not wait for that. Who goes on to others has the memory within a minute.
+GRACE_SECONDS = 45.0
+# From when the user wants memory free. Not at once: a prompt that runs may be between two requests.
+FREE_SECONDS = 3.0
+LOOK_SECONDS = 0.5
+
 
 class Current:
-    """Methods may be called from any thread."""
+    """Methods may be called from any thread. grace, look: GRACE_SECONDS and LOOK_SECONDS."""
 
-    def __init__(self) -> None:
+    def __init__(self, grace: float = GRACE_SECONDS, look: float = LOOK_SECONDS) -> None:
+        self._grace, self._look = grace, look
         self._group: Group | None = None
         self._turn = threading.Lock()
+        self._ended = threading.Event()
+        self._owners: list[weakref.ref] = []
+        self._owned = self._asked = 0.0  # when an owner was last seen, when the group was last asked for
+        self._left: tuple[float, float] | None = None
 
-    def group(self, setup: Setup, limits: Limits | None = None) -> Group:
-        """The group of this setup. One of another, as of fewer GPUs, ends first: its requests fail."""
+    def group(self, setup: Setup, limits: Limits | None = None, owner: object = None) -> Group:
+        """The group of this setup. One of another, as of fewer GPUs, ends first: its requests fail.
+
+        owner: as long as one that was given for this group lives, the group is needed; without any, until `close`.
+        """
         with self._turn:
             if self._group is None or self._group.setup != setup:
                 self._end()
-                self._group = Group(setup, limits)
+                self._group, self._ended = Group(setup, limits), threading.Event()
+                watch = threading.Thread(
+                    target=self._watch, args=(self._group, self._ended), name="group-watch", daemon=True
+                )
+                watch.start()
+            if owner is not None and all(each() is not owner for each in self._owners):
+                # Not a WeakSet: owners of equal value are not one.
+                self._owners = [*(each for each in self._owners if each() is not None), weakref.ref(owner)]
+            self._owned = self._asked = time.monotonic()
             return self._group
+
+    def leave(self, seconds: float | None = None) -> None:
+        """Nobody needs the group now, owner or not: it ends when for so many seconds nobody has asked it for anything;
+        None: GRACE_SECONDS."""
+        self._left = time.monotonic(), self._grace if seconds is None else seconds
+
+    def stay(self) -> None:
+        """It is needed after all: take back `leave`."""
+        self._left = None
 
     def document(self) -> dict | None:
         """The state of the group, without waiting; None where there is none."""
@@ -33,9 +72,29 @@ class Current:
             self._end()
 
     def _end(self) -> None:
+        self._ended.set()
         if self._group is not None:
             self._group.close()
-            self._group = None
+            self._group, self._owners = None, []
+
+    def _watch(self, group: Group, ended: threading.Event) -> None:
+        """End this group when it is no longer needed. Owners are looked at and not called back by: the collector of
+        garbage may run on any thread, while it holds any lock."""
+        while not ended.wait(self._look):
+            with self._turn:
+                if not ended.is_set() and self._is_over(group):
+                    logging.info("Z-Image-Turbo: multi-gpu is no longer needed: its processes end and free their GPUs.")
+                    self._end()
+
+    def _is_over(self, group: Group) -> bool:
+        now, used = time.monotonic(), max(group.used(), self._asked)
+        if not self._owners or any(each() is not None for each in self._owners):
+            self._owned = now
+        if self._left is not None:
+            since, seconds = self._left
+            if now - max(since, used) >= seconds:
+                return True
+        return now - max(self._owned, used) >= self._grace
 
 
 current = Current()

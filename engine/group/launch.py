@@ -20,31 +20,18 @@ import psutil
 
 from . import loopback
 from .faults import GroupError
+from .hosts import TOKEN, Hosts
 from .shared import Reference
 
 INSIDE = Path(__file__).resolve().parent.parent.parent / "launcher" / "inside"
 PACKAGE = __package__.rsplit(".", 2)[0]
 DUTIES = "engine.duties"
-TOKEN = "ZIMAGE_GROUP_TOKEN"
 TAIL_LINES = 40
 GRACE_SECONDS = 1.0
 UNKILLABLE_SECONDS = 10.0
 LOOK_SECONDS = 0.02
 SAID = re.compile(r"rank \d+ (INFO|WARNING): ")
 MONITOR_SECONDS = 1  # torchrun ends all ranks when one has ended: later than we see which one it was
-
-
-@dataclass(frozen=True)
-class Hosts:
-    """Several machines that form one group; on the others, launcher/inside/node.py runs their ranks.
-
-    count: of machines; address: of this one for the others; rendezvous: a free port of it, for torchrun. All are given
-    the same token, in the environment's ZIMAGE_GROUP_TOKEN.
-    """
-
-    count: int
-    address: str
-    rendezvous: int
 
 
 @dataclass(frozen=True)
@@ -156,6 +143,8 @@ def new_token(setup: Setup) -> str:
 def command(setup: Setup) -> list[str]:
     """torchrun, with one rank for each device."""
     shape = ["--local-addr", setup.address, "--nproc-per-node", str(len(setup.devices))]
+    if setup.hosts:  # else torchrun asks the machine's name for its address, which may be loopback's
+        shape += ["--rdzv-conf", "is_host=1"]
     return [sys.executable, "-u", str(INSIDE / "agent.py"), *torchrun_options(setup), *shape, str(INSIDE / "rank.py")]
 
 

@@ -48,7 +48,7 @@ def bound(address: str, first_port: int) -> socket.socket:
         except OSError as error:
             listener.close()
             if error.errno != errno.EADDRINUSE:
-                raise
+                raise OSError(error.errno, f"{error.strerror}: {address}, port {port}") from error
         except OverflowError as error:
             raise OSError(errno.EADDRINUSE, f"no port from {first_port} on is free at {address}") from error
 

@@ -87,6 +87,9 @@ class Team:
         if shared.possible():
             parcel, self._probe = shared.probe(self._token)
             self._resources.callback(parcel.close)
+        if self.setup.hosts:
+            others, url = self.setup.hosts.count - 1, f"http://{self.setup.address}:{port}"
+            logging.info("Z-Image-Turbo: multi-gpu waits for %d more: python install.py join %s", others, url)
         self._session = aiohttp.ClientSession(
             headers=loopback.headers(self._token),
             timeout=aiohttp.ClientTimeout(total=None, sock_connect=self.limits.silence),
@@ -98,7 +101,9 @@ class Team:
         try:
             await asyncio.wait_for(self._unless_failed(self._ready()), self.limits.start)
         except asyncio.TimeoutError:
-            missing = "no rank reported" if not self.members else f"{self._unready()} not ready"
+            missing = f"{self._unready()} not ready" if self.members else "no rank reported"
+            if self.setup.hosts and not self.members:
+                missing += f", which they do when all {self.setup.hosts.count} machines are there"
             what = f"took longer than {self.limits.start:g} s to start: {missing}"
             raise self.fail(Fault(START, what)) from None
 

@@ -58,6 +58,7 @@ class Server:
         self.setup, self.number = setup, number
         self.ready, self.ended = False, asyncio.Event()
         self.gpu = setup["devices"][0] != "cpu"
+        self.uuid = f"GPU-{torch.cuda.get_device_properties(0).uuid}" if self.gpu else None
         self.worker = Worker(lambda: torch.cuda.set_device(0) if self.gpu else None)
         modules = (importlib.import_module(f"{setup['package']}.{name}") for name in setup["operations"])
         self.handlers: dict[str, Handler] = {}
@@ -109,6 +110,7 @@ class Server:
             "ready": self.ready,
             "busy": self.worker.busy(),
             "memory_mib": round(memory / _MIB),
+            **({"uuid": self.uuid} if self.uuid else {}),
         }
 
     async def ping(self, request: web.Request) -> web.Response:

@@ -31,13 +31,17 @@ def main() -> None:
     parser.add_argument("--devices", required=True, help="with commas: cuda:0,cuda:1, or cpu for each rank")
     arguments = parser.parse_args()
     token = os.environ.get("ZIMAGE_GROUP_TOKEN") or parser.error("ZIMAGE_GROUP_TOKEN is not set")
+    said = None
     while True:
         try:
-            wanted = asked(arguments.coordinator, token)
+            wanted, state = asked(arguments.coordinator, token), "The group is there: starting."
         except OSError as error:
             if isinstance(error, urllib.error.HTTPError) and error.code == 403:
                 sys.exit("The group refused the token: ZIMAGE_GROUP_TOKEN differs on the two machines.")
-            wanted = None  # nobody wants ranks now
+            wanted, state = None, f"Waiting until multi-gpu is used there ({error})."
+        if state != said:
+            print(state, flush=True)
+            said = state
         if wanted is not None:
             run(wanted, token, arguments.address, arguments.devices.split(","))
         time.sleep(WAIT_SECONDS)
@@ -57,7 +61,7 @@ def run(wanted: dict, token: str, address: str, devices: list[str]) -> None:
     environment.pop("PYTHONSAFEPATH", None)  # the programs beside this one import their neighbours
     environment.setdefault("ZIMAGE_COMFYUI", wanted["comfyui"])
     environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // len(devices))))
-    shape = ["--local-addr", address, "--nproc-per-node", str(len(devices))]
+    shape = ["--local-addr", address, "--nproc-per-node", str(len(devices)), "--rdzv-conf", "is_host=0"]
     agent = [sys.executable, "-u", str(HERE / "agent.py"), *wanted["torchrun"], *shape, str(HERE / "rank.py")]
     subprocess.run(agent, env=environment, stdin=subprocess.DEVNULL)
 

@@ -6,6 +6,7 @@ ZIMAGE_GROUP is a JSON object: what `engine.group.launch` writes; ZIMAGE_GROUP_T
 import importlib
 import json
 import os
+import socket
 import sys
 import types
 import urllib.request
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import host
 import lifeline
+import psutil
 
 REPORT_SECONDS = 30.0
 
@@ -24,6 +26,8 @@ def main() -> None:
     lifeline.hold()
     setup, token = json.loads(os.environ.pop("ZIMAGE_GROUP")), os.environ.pop("ZIMAGE_GROUP_TOKEN")
     rank, device = int(os.environ["RANK"]), setup["devices"][int(os.environ["LOCAL_RANK"])]
+    if setup["hosts"]:
+        os.environ |= exchange_by(setup["address"]) | os.environ
 
     def report(**facts) -> None:
         """Say facts about this rank to the coordinator. Raises OSError where nobody hears it."""
@@ -42,6 +46,17 @@ def main() -> None:
     package.__path__ = [str(host.PACK)]
     sys.modules[setup["package"]] = package
     importlib.import_module(f"{setup['package']}.engine.group.worker").main(setup, token, rank, report)
+
+
+def exchange_by(address: str) -> dict[str, str]:
+    """Variables to exchange over the network that this machine's address is of: else that is guessed, by the machine's
+    name, which may be loopback's, or as the first one that is there."""
+    address = socket.gethostbyname(address)
+    networks = psutil.net_if_addrs().items()
+    name = next((name for name, own in networks if address in (each.address for each in own)), None)
+    if name is None:  # as of 127.0.0.2, which no network lists
+        return {}
+    return {"GLOO_SOCKET_IFNAME": name, "NCCL_SOCKET_IFNAME": f"={name}"}
 
 
 def choose(device: str) -> None:

@@ -89,6 +89,7 @@ async def test_the_shipped_workflow_draws_its_batch_on_two_ranks(comfy):
     state = await health(comfy)
     assert state["status"] == "ok" and state["multi_gpu"]["state"] == "ok"
     assert [rank["device"] for rank in state["multi_gpu"]["ranks"]] == ["cpu", "cpu"]
+    assert state["multi_gpu"]["choice"]["reason"] == "8 images whole, 2 ranks"
 
 
 def test_the_shipped_workflow_runs_in_the_browser(newcomer):
@@ -190,11 +191,18 @@ async def test_a_rank_killed_at_a_stock_sampler_loses_nothing(comfy):
     assert "rank 0 (cpu) ended" in (await until_well(comfy))["last_fault"]["what"]
 
 
-async def test_more_ranks_take_the_place_of_the_first_ones(comfy):
-    before = await ranks(comfy)
+async def test_ranks_end_when_memory_is_to_be_free(comfy):
+    before, end = await ranks(comfy), time.monotonic() + PATIENCE
+    await comfy.post("/free", {"unload_models": True})
+    while "multi_gpu" in (state := await health(comfy)):
+        assert time.monotonic() < end, state
+        await asyncio.sleep(0.2)
+    assert not any(process.is_running() for process in before)
+
+
+async def test_another_number_of_ranks_is_started(comfy):
     assert len(await comfy.draw(several(num_gpus=1, seed=12, steps=1, batch_size=2))) == 2
     assert len(await ranks(comfy)) == 1
-    assert not any(process.is_running() for process in before)
 
 
 async def test_no_process_outlives_the_server(comfy, server):

@@ -1,6 +1,9 @@
 """multi-gpu through the loader's MODEL and VAE, on two ranks without a GPU: the pictures of one process, to the bit."""
 
+import gc
 import json
+import weakref
+from types import SimpleNamespace
 
 import comfy.hooks
 import comfy.model_management as management
@@ -16,7 +19,9 @@ import nodes as host_nodes
 from zimage_turbo.engine import devices, evaluations, multi, ode, sampling, text
 from zimage_turbo.engine.group.coordinator import Group
 from zimage_turbo.engine.group.current import current
+from zimage_turbo.engine.group.launch import Hosts
 from zimage_turbo.engine.group.team import Team
+from zimage_turbo.engine.topology import Gpu, Topology
 from zimage_turbo.nodes.loader import ZImageTurboLoader
 from zimage_turbo.nodes.sampler import ZImageTurboSampler
 from zimage_turbo.nodes.text_encoder import ZImageTurboTextEncode
@@ -95,6 +100,11 @@ def test_a_batch_of_prompts(spread, demo, monkeypatch):
         assert torch.equal(vae.decode(latent["samples"]), pictures)
     state = current.document()
     assert state["state"] == "ok" and len(state["ranks"]) == 2
+    reason = "3 images whole, 2 ranks"
+    size = f"{SIDE}x{SIDE}"
+    assert state["choice"] == {
+        "split": "images", "ranks_a_picture": 1, "pictures": 3, "size": size, "reason": reason
+    }  # fmt: skip
 
 
 def test_pictures_of_one_prompt(spread, demo):
@@ -247,7 +257,9 @@ def test_two_ranks_draw_each_picture_together(joint, demo, caplog):
     latent = drawn(joint[0], positive, batch_size=2)[0]["samples"]
     assert relative_error(latent, one_by_one(demo[0], [positive] * 2)) < 1e-5
     assert relative_error(stock(joint[0], positive), stock(demo[0], positive)) < 1e-5
-    assert "each image split over 2 ranks, as asked" in caplog.text
+    assert caplog.text.count("each image split over 2 ranks, as asked") == 1, "said when it changes"
+    choice = current.document()["choice"]
+    assert (choice["split"], choice["ranks_a_picture"]) == ("sequence", 2)
 
 
 def test_ranks_that_draw_together_stop_together(joint, demo, monkeypatch):
@@ -298,6 +310,48 @@ def test_interrupt_stops_all_and_the_next_prompt_runs(spread, demo, monkeypatch)
         with pytest.raises(management.InterruptProcessingException):
             drawn(spread[0], positive, batch_size=4, steps=60)
     assert torch.equal(drawn(spread[0], positive)[0]["samples"], one_by_one(demo[0], [positive]))
+
+
+def test_the_group_is_owned_by_model_vae_and_their_clones():
+    """And by nothing else that stays: a group ends when its owners have."""
+    model, _, vae = ZImageTurboLoader.execute("demo", "auto", "auto", "auto", "multi-gpu").args
+    given = weakref.ref(multi.spread_of(model))
+    clone = model.clone()
+    del model
+    assert given() is clone.get_attachment(multi.ATTACHMENT)
+    del clone
+    gc.collect()
+    assert given() is vae.spread
+    del vae
+    gc.collect()
+    assert given() is None
+
+
+NVLINKED = Topology(tuple(Gpu(index, "", "", None) for index in range(4)), frozenset({(0, 1), (2, 3)}))
+
+
+@pytest.mark.parametrize(
+    ("places", "islands"),
+    [
+        ([("here", "cuda:0"), ("here", "cuda:1"), ("here", "cuda:2"), ("here", "cuda:3")], [[0, 1], [2, 3]]),
+        ([("here", "cuda:0"), ("here", "cuda:2"), ("here", "cuda:3")], [[1, 2], [0]]),
+        ([("there", "cuda:0"), ("there", "cuda:1"), ("here", "cuda:2"), ("here", "cuda:3")], [[2, 3], [0, 1]]),
+        ([("here", "cpu"), ("there", "cpu"), ("here", "cpu")], [[0, 2], [1]]),
+    ],
+    ids=["all", "one is broken", "two machines", "processors"],
+)
+def test_islands_are_of_the_ranks_that_there_are(monkeypatch, places, islands):
+    monkeypatch.setattr(multi.topology, "read", lambda: NVLINKED)
+    setup = SimpleNamespace(address="here")
+    group = SimpleNamespace(setup=setup, places=lambda: dict(enumerate(places)))
+    assert sorted(multi._islands(group)) == sorted(islands)
+
+
+def test_several_machines_as_the_environment_says(monkeypatch):
+    for name, value in (("HOSTS", "2"), ("ADDRESS", "10.0.0.1"), ("TOKEN", "known to both")):
+        monkeypatch.setenv(f"ZIMAGE_GROUP_{name}", value)
+    model = ZImageTurboLoader.execute("demo", "auto", "auto", "auto", "multi-gpu")[0]
+    assert multi.spread_of(model).setup.hosts == Hosts(2, "10.0.0.1")
 
 
 def test_more_gpus_than_there_are(monkeypatch):

@@ -20,6 +20,13 @@ def linked(count: int, *islands: tuple[int, ...]) -> Topology:
     return Topology(gpus(count), frozenset(pairs))
 
 
+BRIDGED = Topology(
+    tuple(Gpu(index, f"GPU-{index}", "a GPU", index // 2) for index in range(4)),
+    frozenset({(0, 1), (2, 3)}),
+    frozenset({(0, 1), (1, 2), (2, 3)}),
+)
+
+
 def test_a_switch_joins_all():
     assert linked(8, tuple(range(8))).islands() == (tuple(range(8)),)
 
@@ -46,10 +53,20 @@ def test_the_largest_island_comes_first():
         (linked(2), "2 GPUs without NVLink"),
         (Topology(gpus(2), peers=frozenset({(0, 1)})), "2 GPUs without NVLink; peer access by PCIe"),
         (linked(4, (0, 1), (2, 3)), "4 GPUs: 0 1 by NVLink, 2 3 by NVLink"),
+        (BRIDGED, "4 GPUs: 0 1 by NVLink, 2 3 by NVLink; peer access by PCIe; memory node 0: 0 1, 1: 2 3"),
     ],
 )
 def test_description(found, said):
     assert found.described() == said
+
+
+def test_document():
+    assert BRIDGED.as_dict() == {
+        "described": BRIDGED.described(),
+        "nvlink_islands": [[0, 1], [2, 3]],
+        "peer_access": [[0, 1], [1, 2], [2, 3]],
+        "memory_nodes": [0, 0, 1, 1],
+    }
 
 
 @given(st.integers(1, 9), st.data())

@@ -1,4 +1,6 @@
-"""What /health tells of each of our models: how many of its forwards took which path."""
+"""What /health tells of our models, by which path their forwards went, and of ranks and their GPUs."""
+
+from types import SimpleNamespace
 
 import comfy.model_management as management
 import pytest
@@ -41,3 +43,12 @@ def test_what_the_host_had_to_compute_is_told_with_the_reason(models):
     draw(patcher, clip)
     draw(patched, clip)
     assert told()["Lumina2"] == {turbo.FAST: 8, "transformer_options has patches": 8}
+
+
+def test_each_rank_is_told_of_with_its_gpu(monkeypatch):
+    """As the driver's id says, which numbers GPUs in its own order; a GPU of another machine is not known here."""
+    ranks = [{"rank": 0, "uuid": "GPU-b"}, {"rank": 1, "uuid": "GPU-elsewhere"}, {"rank": 2}]
+    monkeypatch.setattr(health, "current", SimpleNamespace(document=lambda: {"state": "ok", "ranks": ranks}))
+    first, second = {"name": "one", "uuid": "GPU-a"}, {"name": "one", "uuid": "GPU-b", "nvlinks": 18}
+    state = health.multi_gpu([first, second, {"error": "of a driver that says no more"}])
+    assert state == {"state": "ok", "ranks": [{"rank": 0, "uuid": "GPU-b", "gpu": second}, *ranks[1:]]}

@@ -1,19 +1,23 @@
 """A group over several machines, here two addresses of one: torchrun's rendezvous joins their ranks."""
 
 import contextlib
+import dataclasses
 import os
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import psutil
 import pytest
 
-from zimage_turbo.engine.group import coordinator, launch
+from zimage_turbo.engine import multi
+from zimage_turbo.engine.group import coordinator
 from zimage_turbo.engine.group.coordinator import Group
 from zimage_turbo.engine.group.faults import GroupError
 from zimage_turbo.engine.group.launch import Hosts, Setup
 from zimage_turbo.engine.group.team import Limits
+from zimage_turbo.launcher import hosts
 from zimage_turbo.launcher.server import free_port
 
 FAULTY = "tests.unit.engine.group.faulty"
@@ -26,15 +30,16 @@ def everyone(request):
 
 @pytest.fixture
 def setup(monkeypatch):
+    """As `install.py start --hosts 2 --address 127.0.0.1` has it, but for free ports."""
     monkeypatch.setenv("ZIMAGE_GROUP_TOKEN", "known to both machines")
-    hosts = Hosts(2, "127.0.0.1", free_port())
-    return Setup(("cpu",), operations=(FAULTY,), first_port=free_port(), hosts=hosts)
+    told = hosts.told(2, "127.0.0.1", os.environ)
+    found = dataclasses.replace(Hosts.of(os.environ | told), rendezvous=free_port())
+    return Setup(("cpu",), operations=(FAULTY,), first_port=free_port(), hosts=found)
 
 
 @contextlib.contextmanager
 def other_machine(setup, token="known to both machines"):
-    node = [sys.executable, str(launch.INSIDE / "node.py"), f"http://127.0.0.1:{setup.first_port}"]
-    node += ["--address", "127.0.0.2", "--devices", "cpu"]
+    node = hosts.command(Path(sys.executable), f"http://127.0.0.1:{setup.first_port}", "127.0.0.2", ["cpu"])
     with subprocess.Popen(node, env=os.environ | {"ZIMAGE_GROUP_TOKEN": token}, stderr=subprocess.PIPE) as process:
         try:
             yield process
@@ -49,6 +54,7 @@ def test_two_machines(setup):
         assert all(answer["total"] == 3.0 for answer in group.call("meet", everyone({}), AMPLE).values())
         state = group.document()
         assert state["state"] == coordinator.OK and "2 of 2 ranks ready" in state["reason"]
+        assert sorted(multi._islands(group)) == [[0], [1]], "no picture is split over machines"
         ((there, process),) = elsewhere(state, node)
         process.kill()
         assert set(group.call("echo", everyone(None), AMPLE)) == {0, 1}, "the other machine's ranks come back"

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -41,6 +42,7 @@ def test_several_machines_meet_at_the_first():
     words = launch.command(setup)
     assert "--standalone" not in words
     assert following(words, "--nnodes") == "3" and following(words, "--rdzv-endpoint") == "10.0.0.1:29500"
+    assert following(words, "--rdzv-conf") == "is_host=1"
     assert launch.told(setup, REPORT_TO, None)["address"] == "10.0.0.1"
 
 
@@ -84,6 +86,13 @@ def test_a_rank_sees_its_own_gpu_alone(rank, monkeypatch, shown, device, chosen)
         monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     rank.choose(device)
     assert rank.os.environ["CUDA_VISIBLE_DEVICES"] == chosen
+
+
+def test_ranks_of_several_machines_exchange_over_the_network_of_their_address(rank, monkeypatch):
+    networks = {"lo": [SimpleNamespace(address="127.0.0.1")], "eth1": [SimpleNamespace(address="10.0.0.1")]}
+    monkeypatch.setattr(rank.psutil, "net_if_addrs", lambda: networks)
+    assert rank.exchange_by("127.0.0.2") == {}
+    assert rank.exchange_by("10.0.0.1") == {"GLOO_SOCKET_IFNAME": "eth1", "NCCL_SOCKET_IFNAME": "=eth1"}
 
 
 def test_a_gpu_that_is_not_shown_is_named(rank, monkeypatch):

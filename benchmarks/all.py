@@ -6,7 +6,8 @@ Run: ZIMAGE_COMFYUI=<tree> python benchmarks/all.py (--random-weights FOLDER | -
 An older result of a part that runs is removed first. Weights are made once, where there are none. A part that fails
 does not stop the others: the table at the end says what ran, how long and what failed, and so does the exit status.
 On a machine with several GPUs the first is taken, or the one that CUDA_VISIBLE_DEVICES says.
-first_run.py, drawing.py and int4_shapes.py are left out: they need no GPU and say nothing about one.
+first_run.py, drawing.py and int4_shapes.py are left out: they need no GPU and say nothing about one; so is
+multi_gpu.py, which is of several.
 """
 
 import argparse

@@ -1,9 +1,10 @@
 """Who takes part in the server benchmark, and the prompt each is given, in the API's format."""
 
 import dataclasses
+import itertools
 import json
 import random
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,8 @@ class Contestant:
     """A ComfyUI server with options of its own and the nodes that it is asked to run.
 
     nodes: STOCK, MIXED or OURS. precision: our loader's input; for STOCK "", or the host's format that the file has.
-    model: a file in diffusion_models, where it is not the official one.
+    model: a file in diffusion_models, where it is not the official one. split: how our loader's multi-gpu shares
+    pictures out, on all GPUs; "" for one GPU.
     yardstick: its distance from the fp32 picture is what 16 bits cost, and the measure for others.
     """
 
@@ -62,11 +64,12 @@ class Contestant:
     needs_gpu: bool = False
     yardstick: bool = False
     model: str = ""
+    split: str = ""
 
     def graph(self, request: Request, files: Mapping[str, str]) -> Graph:
         """files: the name of the weight file in each folder of FILES; empty for the built-in demo (not STOCK)."""
         if self.nodes == OURS:
-            return _ours(request, files, self.precision)
+            return _ours(request, files, self.precision, self.split)
         return _stock(request, files, self.precision if self.nodes == MIXED else None)
 
 
@@ -77,10 +80,13 @@ def reference(demo: bool) -> Contestant:
     return Contestant(f"{STOCK}, fp32", STOCK, options=("--fp32-unet", "--fp32-text-enc", "--fp32-vae"))
 
 
-def contestants(demo: bool, precisions: list[str], formats: Mapping[str, str]) -> list[Contestant]:
+def contestants(
+    demo: bool, precisions: list[str], formats: Mapping[str, str], splits: Iterable[str] = ()
+) -> list[Contestant]:
     """In the order of the run: the yardstick stands before those that it measures.
 
-    formats: the host's own low-bit formats that take part, each with its file in diffusion_models.
+    formats: the host's own low-bit formats that take part, each with its file in diffusion_models. splits: of ours on
+    all GPUs, beside those on one.
     """
     return [
         Contestant(STOCK, STOCK, yardstick=not demo),
@@ -88,15 +94,21 @@ def contestants(demo: bool, precisions: list[str], formats: Mapping[str, str]) -
         *([Contestant(MIXED, MIXED, "auto", yardstick=True)] if demo else []),
         *(Contestant(f"{STOCK}, {form}", STOCK, form, ("--gpu-only",), True, model=formats[form]) for form in formats),
         *(Contestant(f"{OURS}, {precision}", OURS, precision) for precision in precisions),
+        *(
+            Contestant(f"{OURS}, {precision}, multi-gpu {split}", OURS, precision, split=split)
+            for precision, split in itertools.product(precisions, splits)
+        ),
     ]
 
 
-def _ours(request: Request, files: Mapping[str, str], precision: str) -> Graph:
+def _ours(request: Request, files: Mapping[str, str], precision: str, split: str) -> Graph:
     """The shipped workflow with other values in its fields."""
     graph = json.loads(SHIPPED.read_text(encoding="utf-8"))
     by_class = {node["class_type"]: node["inputs"] for node in graph.values()}
     kept = bool(files)  # so that a second start has something to read; the demo is quantised in no time
     by_class["ZImageTurboLoader"].update(choice(files), precision=precision, cache_quantised=kept)
+    if split:
+        by_class["ZImageTurboLoader"].update(device="multi-gpu", split=split)
     by_class["ZImageTurboTextEncode"]["text"] = request.text
     by_class["ZImageTurboSampler"].update(
         seed=request.seed, steps=STEPS, width=request.size, height=request.size, batch_size=request.batch

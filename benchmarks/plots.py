@@ -2,7 +2,7 @@
 
 Run: python benchmarks/plots.py RESULT.json … [--out FOLDER]. Needs matplotlib. Beside each result it writes, of
 server.py, RESULT_latency.png, RESULT_batch.png and RESULT_memory.png, of denoise.py RESULT_batch.png, of memory.py and
-endurance.py RESULT_memory.png.
+endurance.py RESULT_memory.png, of multi_gpu.py RESULT_rate.png and RESULT_latency.png.
 """
 
 import argparse
@@ -47,6 +47,8 @@ def kinds(report: dict) -> dict[str, Callable]:
         return {"latency": latency, "batch": batches, "memory": memory}
     if "pictures" in report:
         return {"memory": endurance}
+    if "ranks" in report:
+        return {"rate": rate_by_gpus, "latency": latency_by_size}
     if "cap_gib" in report:
         return {"memory": phases}
     return {"batch": denoise_batches}
@@ -166,6 +168,36 @@ def endurance(report: dict, axes) -> None:
     axes.set_ylim(bottom=0)
     axes.set_xlabel(f"pictures of random sizes and prompts drawn, {report['precision']}")
     axes.set_ylabel("GPU memory of torch's allocator, GiB")
+
+
+def rate_by_gpus(report: dict, axes) -> None:
+    """Pictures a second by the number of GPUs, a line for every precision and number of pictures a card, each with as
+    many times the rate of one GPU."""
+    rows = [row for row in report["rows"] if row["what"] == "images"]
+    for index, key in enumerate(dict.fromkeys((row["precision"], row["a_card"]) for row in rows)):
+        points = sorted((row["gpus"], row["images_per_s"]) for row in rows if (row["precision"], row["a_card"]) == key)
+        gpus, rates = zip(*points, strict=True)
+        axes.plot(gpus, rates, f"C{index}", marker="o", markersize=3, label=f"{key[0]}, {key[1]} a card")
+        ideal, label = [rates[0] * count / gpus[0] for count in gpus], None if index else "so many times one GPU"
+        axes.plot(gpus, ideal, f"C{index}", linestyle=":", linewidth=1, label=label)
+    axes.set_xticks(sorted({row["gpus"] for row in rows}))
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel("GPUs")
+    axes.set_ylabel("pictures a second, denoised and decoded (p50)")
+
+
+def latency_by_size(report: dict, axes) -> None:
+    """Seconds of one denoised picture by its side, a line for every precision and number of GPUs that draw it."""
+    rows = [row for row in report["rows"] if row["what"] == "latency"]
+    for precision, gpus in dict.fromkeys((row["precision"], row["gpus"]) for row in rows):
+        line = [row for row in rows if (row["precision"], row["gpus"]) == (precision, gpus)]
+        points = sorted((row["size"], row["denoise_p50_s"]) for row in line)
+        by = "1 GPU" if gpus == 1 else f"{gpus} GPUs together"
+        axes.plot(*zip(*points, strict=True), marker="o", markersize=3, label=f"{precision}, {by}")
+    axes.set_xticks(sorted({row["size"] for row in rows}))
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel("side of the picture, pixels")
+    axes.set_ylabel("s of denoising one picture, eight evaluations (p50)")
 
 
 if __name__ == "__main__":

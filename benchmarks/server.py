@@ -1,7 +1,8 @@
 """Prompt posted to picture in the history, through a real ComfyUI server's API: stock nodes and ours in one run.
 
 Run: ZIMAGE_COMFYUI=<tree> python benchmarks/server.py (--models FOLDER | --random-weights FOLDER | --demo)
-     [--size 1024 512 2048] [--batch 1 2 4 8] [--precision bf16 fp8 int4-fp8 int4] [--count 10] [--out FILE]
+     [--size 1024 512 2048] [--batch 1 2 4 8] [--precision bf16 fp8 int4-fp8 int4] [--split sequence] [--count 10]
+     [--out FILE]
 Every contestant has a server and a base directory of its own and gets the same prompts, every timed one new to it.
 Per size and batch: one prompt warms it up and is held against the host's fp32 picture (gate.py); only a right picture
 is followed by timed prompts. The first size and batch also give the first picture after the start and a full queue.
@@ -54,8 +55,9 @@ def main() -> None:
             arguments.batch or BATCHES[device], arguments.count, arguments.queue, nvidia is not None,
         )  # fmt: skip
         entries = contestants(
-            arguments.demo, arguments.precision or PRECISIONS[device], formats(plan) if arguments.stock_formats else {}
-        )
+            arguments.demo, arguments.precision or PRECISIONS[device],
+            formats(plan) if arguments.stock_formats else {}, arguments.split,
+        )  # fmt: skip
         try:
             report = asyncio.run(run(plan, entries, weight_files.kind(arguments), nvidia, arguments.out))
         except LauncherError as error:
@@ -74,6 +76,9 @@ def parse(words: list[str]) -> argparse.Namespace:
     parser.add_argument("--precision", nargs="+", help="ours; bf16 fp8 int4-fp8 int4, without a GPU auto")
     parser.add_argument(
         "--stock-formats", action="store_true", help="the stock nodes also with the host's int8 and W4A8, --gpu-only"
+    )
+    parser.add_argument(
+        "--split", nargs="*", default=[], metavar="HOW", help="ours on all GPUs too: auto, images or sequence"
     )
     parser.add_argument("--count", type=int, default=10, help="timed prompts; for a batch of n an n-th, at least 3")
     parser.add_argument("--queue", type=int, default=12, help="prompts posted at once")

@@ -4,7 +4,7 @@ import contextlib
 import gc
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,19 +27,17 @@ TIMED = 4  # evaluations
 
 @dataclass
 class Loaded:
-    """A MODEL of the host, with the patches that it was last given, and the VAE if there is one; for other ranks that
-    it is computed with, by their numbers, how."""
+    """A MODEL of the host, with the patches that it was last given, and the VAE if there is one."""
 
     model: Any
     vae: Any
-    joints: dict[tuple[int, ...], Joint] = field(default_factory=dict)
 
     @contextlib.contextmanager
     def joined(self, together: Together | None) -> Iterator[None]:
         """The denoiser is computed together with other ranks; None: by this one alone."""
         module = self.model.model.diffusion_model
         if together is not None:
-            module.joint = self.joints.setdefault(together.members, Joint(together.ranks))
+            module.joint = module.joints.setdefault(together.members, Joint(together.ranks, together.least))
         try:
             yield
         finally:
@@ -62,6 +60,9 @@ def load(rank: Rank, job: Job) -> wire.Tree:
         rank.models[given["key"]] = Loaded(model, vae)
     loaded = rank.models[given["key"]]
     management.load_models_gpu([loaded.model, *([loaded.vae.patcher] if loaded.vae else [])])
+    if rank.number == 0:  # the others, which would measure at the same time and may choose otherwise, find its choice
+        module, dtype = loaded.model.model.diffusion_model, loaded.model.model.get_dtype_inference()
+        module.compute(torch.empty(0, device=loaded.model.load_device, dtype=dtype))
     return {"bytes": loaded.model.model_size()}
 
 
@@ -137,7 +138,7 @@ def meet(rank: Rank, job: Job) -> wire.Tree:
     """
     for members in teams(job.request["islands"], job.request["size"], rank.size):
         if members not in rank.together:
-            rank.together[members] = Together(members, rank.number, rank.device)
+            rank.together[members] = Together(members, rank.number, rank.device, rank.limit)
     return None
 
 

@@ -16,6 +16,7 @@ from .recent import Recent
 
 MAX_SEEN = 1000  # shapes that are counted; after so many, counting begins anew
 WARM_UP = 1  # evaluations of a shape before its capture: libraries allocate workspaces, kernels are compiled
+EAGER, CAPTURE, REPLAY = range(3)
 CAPTURING = threading.Lock()  # torch captures one graph at a time in a process
 
 
@@ -35,13 +36,13 @@ class Captured:
 class Graphs:
     """At most `limit` graphs, the least recently used given up first; none any more once they are `given_up`.
 
-    spares_one: whether a device has memory to spare for one; asked before each capture. agree: turns one rank's yes or
-    no into that of all ranks that compute together (`sequence.Ranks.agree`), for what they exchange is captured too: a
-    rank that replays and one that does not may wait for each other for ever.
+    spares_one: whether a device has memory to spare for one; asked before each capture. least: the least number that
+    any of the ranks gives that compute together (`Together.least`). What they exchange is captured too, and NCCL wants
+    it captured on all of them or on none: one may have lost its graphs, as its weights moved, while others have theirs.
     """
 
-    def __init__(self, limit: int, spares_one: Callable[[torch.device], bool], agree: Callable[[bool], bool] = bool):
-        self.spares_one, self.agree = spares_one, agree
+    def __init__(self, limit: int, spares_one: Callable[[torch.device], bool], least: Callable[[int], int] = int):
+        self.spares_one, self.least = spares_one, least
         self.captured, self.seen, self.refused = Recent(limit), Counter(), set()
         self.pool, self.stream, self.state = None, None, None
         self.given_up = False
@@ -69,9 +70,8 @@ class Graphs:
 
         The first calls with these shapes are the caller's, so that rare shapes cost no capture, and so are all while
         memory is short. A capture that fails, because something in it cannot be captured, is logged and not repeated.
+        state: None where weights are not still.
         """
-        if self.given_up:
-            return None
         if state != self.state:
             self.clear()
             self.refused.clear()
@@ -80,10 +80,11 @@ class Graphs:
         if len(self.seen) >= MAX_SEEN:
             self.seen.clear()
         self.seen[key] += 1
-        if key in self.refused or self.seen[key] <= WARM_UP:
+        step = self.least(self._step(key, inputs[0].device))
+        if step == EAGER:
             return None
-        if key not in self.captured and not self.agree(self.spares_one(inputs[0].device)):
-            return None
+        if step == CAPTURE:
+            self.captured.drop(key)  # which another rank has not
         try:
             captured = self.captured.get(key, lambda: self.capture_agreed(function, inputs))
         except RuntimeError as error:  # what is wrong without a graph too comes up again in the caller's own call
@@ -95,14 +96,22 @@ class Graphs:
             return None
         return captured.replay(inputs)
 
+    def _step(self, key: Hashable, device: torch.device) -> int:
+        """What this process could do for a request."""
+        if self.given_up or self.state is None or key in self.refused or self.seen[key] <= WARM_UP:
+            return EAGER
+        if key in self.captured:
+            return REPLAY
+        return CAPTURE if self.spares_one(device) else EAGER
+
     def capture_agreed(self, function: Callable[..., torch.Tensor], inputs: list[torch.Tensor]) -> Captured:
         """`capture`; raises RuntimeError where it fails, and where it fails on another rank."""
         try:
             captured = self.capture(function, inputs)
         except RuntimeError:
-            self.agree(False)
+            self.least(False)
             raise
-        if not self.agree(True):
+        if not self.least(True):
             raise RuntimeError("another rank could not capture one")
         return captured
 

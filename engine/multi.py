@@ -99,7 +99,9 @@ class Spread:
     def choice(self, group: Group, latent: torch.Size, tokens: int) -> spread.Choose:
         """Which ranks draw which pictures of this size, [.., h, w]; those that are to draw together meet first."""
         islands = _islands(group)
-        sizes = range(2, max(map(len, islands)) + 1) if self.split != plan.IMAGES else ()
+        largest = max(map(len, islands))
+        # Others would leave GPUs without work; each takes time to meet and to measure, and memory for its graphs.
+        sizes = [size for size in range(2, largest + 1) if largest % size == 0 and self.split != plan.IMAGES]
         if self.split == plan.SEQUENCE:
             sizes = sizes[-1:]
         elif self.setup.devices[0] == devices.CPU:  # whose cores one rank has as well as two

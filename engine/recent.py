@@ -25,5 +25,9 @@ class Recent:
         self.values.move_to_end(key)
         return self.values[key]
 
+    def drop(self, key: Hashable) -> None:
+        """Forget one, if it is there."""
+        self.values.pop(key, None)
+
     def clear(self) -> None:
         self.values.clear()

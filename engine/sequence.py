@@ -72,10 +72,6 @@ class Ranks:
         dist.all_reduce(largest, dist.ReduceOp.MAX, self.group)
         return largest.tolist()
 
-    def agree(self, willing: bool) -> bool:
-        """Whether all ranks are willing. Waits for them."""
-        return self.slowest([0.0 if willing else 1.0]) == [0.0]
-
 
 def size_class(batch: int, tokens: int) -> tuple[int, int]:
     """What a measured form is remembered by: pictures at once, and tokens up to a factor of two."""

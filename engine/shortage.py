@@ -64,4 +64,5 @@ def loaded_graphs() -> list[Graphs]:
     """Those of all models that the host has loaded."""
     roots = [loaded.model.model for loaded in management.current_loaded_models if loaded.model is not None]
     modules = (module for root in roots for module in root.modules())
-    return [module.graphs for module in modules if isinstance(getattr(module, "graphs", None), Graphs)]
+    ours = [module for module in modules if isinstance(getattr(module, "graphs", None), Graphs)]
+    return [each.graphs for module in ours for each in (module, *getattr(module, "joints", {}).values())]

@@ -80,6 +80,7 @@ def decode(
     dtype: torch.dtype,
     limit_s: float,
     check: Callable[[], object] | None = None,
+    choose: Choose = whole,
 ) -> torch.Tensor:
     """The pictures [B, H, W, 3], whose shape and type are given, of latents [B, 16, h, w]. Otherwise as `draw`.
 
@@ -89,7 +90,7 @@ def decode(
     with contextlib.ExitStack() as stack:
         room = stack.enter_context(contextlib.closing(Shared(pictures, dtype))) if shared.possible() else None
         images = [{"latent": each, "into": room and room.row(row)} for row, each in enumerate(latents.split(1))]
-        results = _spread(group, "decode", {"key": key}, images, limit_s, lambda told: True, check, whole)
+        results = _spread(group, "decode", {"key": key}, images, limit_s, lambda told: True, check, choose)
     made = room.tensor if room else torch.empty(pictures, dtype=dtype)
     for row, told in enumerate(results):
         if told["picture"] is not None:

@@ -35,7 +35,7 @@ class TurboNextDiT(NextDiT):
     prompts of several padded lengths one for each.
 
     `attention` names a backend of `kernels.attention`, `base` refers to the host's model around this module, `joint`
-    names the ranks that every request is computed with; None: this process computes alone.
+    names the ranks that every request is computed with, of those in `joints`; None: this process computes alone.
     """
 
     attention: str
@@ -44,6 +44,7 @@ class TurboNextDiT(NextDiT):
     bypassed: list[torch.nn.Module]
     norms: list[torch.nn.Module]
     joint: "Joint | None"
+    joints: dict[tuple[int, ...], "Joint"]
     graphs: Graphs
     captions: Recent
     tables: Recent
@@ -65,9 +66,9 @@ class TurboNextDiT(NextDiT):
             (self.joint or self).graphs.clear()
         parts = []
         for numbers, caption in zip(groups, captions, strict=True):
+            given = rows.take(x, numbers), rows.take(timesteps, numbers), caption
             # More groups than graphs would push each other's graph out at every evaluation.
-            state = weights if len(parts) < MAX_GRAPHS else None
-            parts.append(self._fast(rows.take(x, numbers), rows.take(timesteps, numbers), caption, state))
+            parts.append(self._fast(*given, weights, graphed=len(parts) < MAX_GRAPHS))
         return rows.restored(parts, groups)[..., :height, :width]
 
     def _groups(self, context: torch.Tensor, lengths: tuple[int, ...]) -> list[rows.Numbers]:
@@ -113,9 +114,9 @@ class TurboNextDiT(NextDiT):
         return forward.Compute(x.dtype, backend, ranks=self.joint.ranks if self.joint else None)
 
     def _fast(
-        self, x: torch.Tensor, timesteps: torch.Tensor, caption: torch.Tensor, weights: tuple | None
+        self, x: torch.Tensor, timesteps: torch.Tensor, caption: torch.Tensor, weights: tuple | None, graphed: bool
     ) -> torch.Tensor:
-        """weights: where they lie, if a graph may rely on it."""
+        """weights: where they lie, if a graph may rely on it; graphed: whether this request is to have one."""
         size = (caption.shape[1], x.shape[2] // self.patch_size, x.shape[3] // self.patch_size, x.device)
         table = self.tables.get(size, lambda: forward.rotation_table(self, *size))
         inputs = [x, timesteps, comfy.utils.repeat_to_batch_size(caption, len(x)), table]
@@ -125,8 +126,9 @@ class TurboNextDiT(NextDiT):
             settle_form(self, compute, len(x), caption.shape[1], table)
         elif weights is not None:
             management.throw_exception_if_processing_interrupted()  # a replay asks no layer
-        if weights is not None:
-            result = (self.joint or self).graphs.run(denoise, inputs, (compute, weights))
+        # Where another rank's weights lie, only it knows: ranks that compute together ask each other.
+        if graphed and x.is_cuda and (compute.ranks or weights is not None):
+            result = (self.joint or self).graphs.run(denoise, inputs, weights and (compute, weights))
             if result is not None:
                 self.forwards[REPLAYED] += 1
                 return result
@@ -147,17 +149,18 @@ class TurboNextDiT(NextDiT):
 
 class Joint:
     """Ranks that compute a module's requests together, all of them the same ones in the same order, with graphs in
-    which their exchange is captured."""
+    which their exchange is captured. least: as `Graphs` takes it."""
 
-    def __init__(self, ranks: Ranks):
-        self.ranks, self.graphs = ranks, Graphs(MAX_GRAPHS, spares_a_graph, ranks.agree)
+    def __init__(self, ranks: Ranks, least: Callable[[int], int]):
+        self.ranks, self.graphs = ranks, Graphs(MAX_GRAPHS, spares_a_graph, least)
 
 
 def free_memory(patcher, unpatch_all: bool) -> None:
     """For the host's ON_DETACH: a model that is unloaded gives back what it keeps between evaluations."""
     if unpatch_all:
         module = patcher.model.diffusion_model
-        for kept in (module.graphs, module.captions, module.tables):
+        graphs = (module.graphs, *(joint.graphs for joint in module.joints.values()))
+        for kept in (*graphs, module.captions, module.tables):
             kept.clear()
 
 
@@ -167,5 +170,6 @@ def adopt(module: NextDiT, attention: str = "auto", base: BaseModel | None = Non
     module.base = weakref.ref(base) if base is not None else lambda: None
     module.bypassed = [part for part in module.modules() if isinstance(part, forward.BYPASSED)]
     module.norms = [layer for layer in module.modules() if isinstance(layer, torch.nn.RMSNorm)]
-    module.forwards, module.graphs, module.joint = Counter(), Graphs(MAX_GRAPHS, spares_a_graph), None
+    module.forwards, module.graphs = Counter(), Graphs(MAX_GRAPHS, spares_a_graph)
+    module.joint, module.joints = None, {}
     module.captions, module.tables = Recent(MAX_CAPTIONS), Recent(MAX_TABLES)

@@ -26,6 +26,7 @@ from .shared import Reference
 INSIDE = Path(__file__).resolve().parent.parent.parent / "launcher" / "inside"
 PACKAGE = __package__.rsplit(".", 2)[0]
 DUTIES = "engine.duties"
+ALLOCATOR = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")  # torch's older and newer name of its settings
 TAIL_LINES = 40
 GRACE_SECONDS = 1.0
 UNKILLABLE_SECONDS = 10.0
@@ -172,12 +173,25 @@ def comfyui() -> str:
 def environment(setup: Setup, token: str, report_to: str, probe: Reference | None) -> dict[str, str]:
     """This process's own, with what ranks are told; the token is nowhere else."""
     inherited = {name: value for name, value in os.environ.items() if not _unwanted(name, value)}
-    return inherited | {
+    return _exchange(setup, inherited) | {
         "ZIMAGE_GROUP": json.dumps(told(setup, report_to, probe)),
         TOKEN: token,
         "ZIMAGE_COMFYUI": comfyui(),
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS") or str(max(1, _cores() // len(setup.devices))),
     }
+
+
+def _exchange(setup: Setup, given: dict[str, str]) -> dict[str, str]:
+    """How ranks exchange data, where these variables leave it open."""
+    wanted = {}
+    if sys.platform == "linux" and not setup.hosts:
+        # Else they meet at the address that the machine's name stands for, which may be nobody's, or open to others.
+        wanted |= dict.fromkeys(("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"), "lo")
+    if any("expandable_segments:True" in given.get(name, "") for name in ALLOCATOR):
+        # What a CUDA graph exchanges NCCL registers, as if it lay in one piece of memory, which it then may not: ranks
+        # wait for each other for ever.
+        wanted["NCCL_GRAPH_REGISTER"] = "0"
+    return wanted | given
 
 
 def _cores() -> int:
@@ -187,4 +201,4 @@ def _cores() -> int:
 def _unwanted(name: str, value: str) -> bool:
     """The programs in launcher/inside import their neighbours, which the first would forbid. CUDA's own allocator,
     which the host chooses for itself, has no memory pools that graphs could share."""
-    return name == "PYTHONSAFEPATH" or (name == "PYTORCH_CUDA_ALLOC_CONF" and "cudaMallocAsync" in value)
+    return name == "PYTHONSAFEPATH" or (name in ALLOCATOR and "cudaMallocAsync" in value)

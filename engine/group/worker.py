@@ -31,10 +31,10 @@ _MIB = 1 << 20
 
 class Rank:
     """What handlers of operations know: their place among the ranks, and what earlier ones kept in `models`, in
-    `prompts`, and in `together` of ranks by their numbers."""
+    `prompts`, and in `together` of ranks by their numbers. limit: of one exchange between ranks."""
 
-    def __init__(self, number: int, size: int, device: torch.device):
-        self.number, self.size, self.device = number, size, device
+    def __init__(self, number: int, size: int, device: torch.device, limit: datetime.timedelta):
+        self.number, self.size, self.device, self.limit = number, size, device, limit
         self.models: dict[str, object] = {}
         self.prompts: dict[int, object] = {}
         self.together: dict[tuple[int, ...], object] = {}
@@ -96,7 +96,7 @@ class Server:
         limit = datetime.timedelta(seconds=self.setup["exchange_limit"])
         device = torch.device("cuda", 0) if self.gpu else None
         dist.init_process_group("nccl" if self.gpu else "gloo", timeout=limit, device_id=device)
-        self.rank = Rank(self.number, dist.get_world_size(), device or torch.device("cpu"))
+        self.rank = Rank(self.number, dist.get_world_size(), device or torch.device("cpu"), limit)
         dist.barrier()
         self.ready = True
 

@@ -40,6 +40,17 @@ MEMORY = CONDITIONS | {
     ],
 }
 
+MULTI_GPU = CONDITIONS | {
+    "ranks": ["cuda:0", "cuda:1"],
+    "rows": [
+        {"what": "images", "precision": "fp8", "gpus": gpus, "a_card": 4, "images_per_s": 2.0 * gpus} for gpus in (1, 2)
+    ]
+    + [
+        {"what": "latency", "precision": "fp8", "gpus": gpus, "size": size, "denoise_p50_s": size / gpus}
+        for gpus, size in ((1, 1024), (2, 1024), (2, 512))
+    ],
+}
+
 
 def test_samples_that_repeat_both_neighbours_are_left_out():
     log = AllocatorLog()
@@ -61,6 +72,7 @@ def test_weights_are_counted_where_they_lie():
         (DENOISE, {"batch"}),
         (ENDURANCE, {"memory"}),
         (MEMORY, {"memory"}),
+        (MULTI_GPU, {"rate", "latency"}),
     ],
 )
 def test_every_kind_of_result_can_be_drawn(report, expected, tmp_path):

@@ -89,6 +89,14 @@ def test_the_yardstick_runs_before_ours():
         assert next(index for index, entry in enumerate(entries) if entry.yardstick) < min(ours)
 
 
+def test_ours_on_all_gpus():
+    entries = contestants.contestants(False, ["int4-fp8", "fp8"], {}, ["sequence"])
+    loaders = [entry.graph(REQUEST, FILES)["1"]["inputs"] for entry in entries if entry.nodes == OURS]
+    chosen = [(loader["precision"], loader["device"], loader["split"]) for loader in loaders]
+    one, many = ("auto", "auto"), ("multi-gpu", "sequence")
+    assert chosen == [("int4-fp8", *one), ("fp8", *one), ("int4-fp8", *many), ("fp8", *many)]
+
+
 def test_distance():
     exact = picture(0)
     assert distance(exact, exact) == 0

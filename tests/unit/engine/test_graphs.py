@@ -1,9 +1,12 @@
 """Which shapes get a CUDA graph, and which graphs are given up; capture and replay themselves: tests/gpu."""
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 
-from zimage_turbo.engine.graphs import MAX_SEEN, WARM_UP, Graphs
+from zimage_turbo.engine.graphs import CAPTURE, EAGER, MAX_SEEN, REPLAY, WARM_UP, Graphs
 
 
 class Counted(Graphs):
@@ -74,22 +77,46 @@ def test_what_cannot_be_captured_is_not_tried_again(caplog, monkeypatch):
 
 
 def test_ranks_capture_all_or_none(caplog, monkeypatch):
-    """What another rank says is asked for before a capture, and again after it."""
-    words = [False, True, True, True, False]
+    """What another rank could do is asked for at each request, and again after a capture."""
+    steps = [EAGER] * WARM_UP + [EAGER, CAPTURE, True, REPLAY, EAGER, REPLAY] + [EAGER] * WARM_UP + [CAPTURE, False]
     graphs = Counted(2)
-    monkeypatch.setattr(graphs, "agree", lambda willing: willing and words.pop(0))
-    assert [run(graphs, 1) for _ in range(WARM_UP + 3)] == [False] * WARM_UP + [False, True, True]
+    monkeypatch.setattr(graphs, "least", lambda own: min(own, steps.pop(0)))
+    ran = [run(graphs, 1) for _ in range(WARM_UP + 5)]
+    assert ran == [False] * WARM_UP + [False, True, True, False, True]
     assert [run(graphs, 2) for _ in range(WARM_UP + 1)] == [False] * (WARM_UP + 1)
-    assert "another rank could not capture" in caplog.text and not words
+    assert "another rank could not capture" in caplog.text and not steps
+    steps.append(REPLAY)
     assert not run(graphs, 2) and graphs.captures == [1, 2]
+
+
+def test_a_rank_that_lost_its_graphs_has_all_capture_again():
+    """Two ranks, of which one's weights move on the way, and lie still nowhere for a while."""
+    meeting, said = threading.Barrier(2), [0, 0]
+
+    def rank(number, states):
+        def least(own):
+            said[number] = own
+            meeting.wait(10)
+            found = min(said)
+            meeting.wait(10)
+            return found
+
+        graphs = Counted(2)
+        graphs.least = least
+        return [run(graphs, 1, state) for state in states], graphs.captures
+
+    moved = [*["here"] * 3, *["there"] * 3, None, None, *["there"] * 3]
+    with ThreadPoolExecutor(2) as threads:
+        still, other = threads.map(rank, range(2), (["here"] * len(moved), moved))
+    assert still == other == ([*[False, True, True] * 2, False, False, False, True, True], [1, 1, 1])
 
 
 def test_a_rank_that_cannot_capture_tells_the_others(monkeypatch):
     told, graphs = [], Counted(2)
-    monkeypatch.setattr(graphs, "agree", lambda willing: told.append(willing) or willing)
+    monkeypatch.setattr(graphs, "least", lambda step: told.append(step) or step)
     monkeypatch.setattr(graphs, "capture", lambda *_: impossible())
     assert not any(run(graphs, 1) for _ in range(WARM_UP + 3))
-    assert told == [True, False]
+    assert told == [EAGER] * WARM_UP + [CAPTURE, False, EAGER, EAGER]
 
 
 def impossible():

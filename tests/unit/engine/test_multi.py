@@ -3,6 +3,7 @@
 import gc
 import json
 import weakref
+from pathlib import Path
 from types import SimpleNamespace
 
 import comfy.hooks
@@ -19,7 +20,7 @@ import nodes as host_nodes
 from zimage_turbo.engine import devices, evaluations, multi, ode, sampling, text
 from zimage_turbo.engine.group.coordinator import Group
 from zimage_turbo.engine.group.current import current
-from zimage_turbo.engine.group.launch import Hosts
+from zimage_turbo.engine.group.launch import Hosts, Setup
 from zimage_turbo.engine.group.team import Team
 from zimage_turbo.engine.topology import Gpu, Topology
 from zimage_turbo.nodes.loader import ZImageTurboLoader
@@ -352,6 +353,16 @@ def test_several_machines_as_the_environment_says(monkeypatch):
         monkeypatch.setenv(f"ZIMAGE_GROUP_{name}", value)
     model = ZImageTurboLoader.execute("demo", "auto", "auto", "auto", "multi-gpu")[0]
     assert multi.spread_of(model).setup.hosts == Hosts(2, "10.0.0.1")
+
+
+def test_teams_leave_no_gpu_idle(monkeypatch):
+    islands, met = [list(range(8)), [8, 9]], []
+    monkeypatch.setattr(multi, "_islands", lambda group: islands)
+    monkeypatch.setattr(multi.Spread, "_measured", lambda *_: {1: 1.0, 4: 0.3})
+    given = multi.Spread(Setup(("cuda:0",) * 10), Path(), Path(), "auto", "auto", "auto")
+    group = SimpleNamespace(kept=lambda key: None, keep=lambda key, *asked, **_: met.append(asked[1]["size"]), about={})
+    choose = given.choice(group, torch.Size((1, 16, 8, 8)), 20)
+    assert met == [2, 4, 8] and choose(1, 10).groups == ((0, 1, 2, 3),)
 
 
 def test_more_gpus_than_there_are(monkeypatch):

@@ -106,6 +106,7 @@ def compare(modules, exact, results):
     import torch.distributed as dist
 
     from zimage_turbo.engine import sequence
+    from zimage_turbo.engine.together import Together
     from zimage_turbo.tests.comparison import relative_error
 
     cpu, bounds, single = torch.device("cpu"), {}, dist.new_group([0])
@@ -115,11 +116,12 @@ def compare(modules, exact, results):
             one = evaluated(modules, name, shape, sequence.Ranks(cpu, single))
             bounds[name, shape] = OWN_ERROR[name] * relative_error(one, exact[name, shape])
     for size in WORLD_SIZES:
-        group = dist.new_group(list(range(size)), timeout=LIMIT)
-        if dist.get_rank() >= size:
+        together = Together(tuple(range(size)), dist.get_rank(), cpu, LIMIT)
+        if together.ranks is None:
             continue
+        assert together.least(dist.get_rank()) == 0 and together.any(dist.get_rank() == size - 1)
         for name, shape, form in cases():
-            ranks = sequence.Ranks(cpu, group, form)
+            ranks = sequence.Ranks(cpu, together.ranks.group, form)
             ours = evaluated(modules, name, shape, ranks)
             total = ours.double().sum().item()
             error, most, least = ranks.slowest([relative_error(ours, exact[name, shape]), total, -total])

@@ -68,12 +68,25 @@ def test_ranks_share_the_cores(monkeypatch):
     assert launch.environment(SETUP, "", "", None)["OMP_NUM_THREADS"] == "1"
 
 
+@pytest.mark.parametrize("name", launch.ALLOCATOR)
 @pytest.mark.parametrize(
     ("value", "kept"), [("backend:cudaMallocAsync", False), ("expandable_segments:True", True)], ids=["host", "user"]
 )
-def test_the_allocator_that_the_host_chose_for_itself_is_not_theirs(monkeypatch, value, kept):
-    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", value)
-    assert ("PYTORCH_CUDA_ALLOC_CONF" in launch.environment(SETUP, "", "", None)) == kept
+def test_the_allocator_that_the_host_chose_for_itself_is_not_theirs(monkeypatch, name, value, kept):
+    """The user's is, and then graphs must not register what ranks exchange."""
+    monkeypatch.setenv(name, value)
+    environment = launch.environment(SETUP, "", "", None)
+    assert (name in environment) == kept and (environment.get("NCCL_GRAPH_REGISTER") == "0") == kept
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the interface has another name")
+def test_ranks_of_one_machine_meet_where_nobody_else_can(monkeypatch):
+    for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+        monkeypatch.delenv(name, raising=False)
+        assert launch.environment(SETUP, "", "", None)[name] == "lo"
+        assert name not in launch.environment(Setup(("cuda:0",), hosts=Hosts(2, "10.0.0.1", 29500)), "", "", None)
+        monkeypatch.setenv(name, "eth1")
+        assert launch.environment(SETUP, "", "", None)[name] == "eth1"
 
 
 @pytest.mark.parametrize(

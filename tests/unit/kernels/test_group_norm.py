@@ -61,10 +61,19 @@ def added(x, h, shift):
     return x + h + shift[:, None, None]
 
 
-def within_twice(ours, rounded, exact):
+def within_twice(ours, rounded, exact, last_bits=1e-6):
     """At most twice the error of the same formula in the low precision (fp32: at least of its last bits)."""
     assert ours.is_contiguous(memory_format=torch.channels_last)
-    assert error(ours, exact) <= max(2 * error(rounded, exact), 1e-6)
+    assert error(ours, exact) <= max(2 * error(rounded, exact), last_bits)
+
+
+def four_roundings(x, shift) -> float:
+    """Relative error that four roundings in fp32 make: 2^-24 of a group's numbers each, beside the group's spread."""
+    grouped = (x.shape[0], groups_of(x.shape[1]), -1)
+    shift = shift.double()[:, None, None]
+    size = (x.double().abs() + shift.abs()).reshape(grouped).square().mean(-1)
+    spread = (x.double() + shift).reshape(grouped).var(-1, unbiased=False)
+    return 4 * 2**-24 * (size / spread).mean().sqrt().item()
 
 
 @sizes
@@ -85,15 +94,15 @@ def test_shift_is_part_of_what_is_normalised(device, size, dtype):
     """In place, as the decoder has it."""
     x, h, weight, bias, shift = arguments(size, device, dtype)
     shift *= 5
+    last_bits = max(1e-6, four_roundings(x, shift))  # three numbers of a group can lie close together, far from zero
     zero = torch.zeros_like(h)
     exact = eager(in_double(added, x, zero, shift), weight.double(), bias.double(), True)
     rounded = eager(added(x, zero, shift), weight, bias, True)
-    within_twice(
-        group_norm.group_norm(x, groups_of(size[1]), weight, bias, EPS, True, shift, backend="torch"), rounded, exact
-    )
+    ours = group_norm.group_norm(x, groups_of(size[1]), weight, bias, EPS, True, shift, backend="torch")
+    within_twice(ours, rounded, exact, last_bits)
     x = x.to(storable(dtype, device))
     group_norm_triton.group_norm(x, groups_of(size[1]), weight, bias, EPS, True, shift, x)
-    within_twice(x, rounded, exact)
+    within_twice(x, rounded, exact, last_bits)
 
 
 @sizes

@@ -1,8 +1,8 @@
 """Pictures of what was measured: latency and throughput by contestant, memory over time.
 
 Run: python benchmarks/plots.py RESULT.json … [--out FOLDER]. Needs matplotlib. Beside each result it writes, of
-server.py, RESULT_latency.png, RESULT_batch.png and RESULT_memory.png, of denoise.py RESULT_batch.png, of memory.py and
-endurance.py RESULT_memory.png, of multi_gpu.py RESULT_rate.png and RESULT_latency.png.
+server.py, RESULT_latency.png, RESULT_batch.png and RESULT_memory.png, of denoise.py RESULT_batch.png, of memory.py,
+endurance.py and group_endurance.py RESULT_memory.png, of multi_gpu.py RESULT_rate.png and RESULT_latency.png.
 """
 
 import argparse
@@ -49,6 +49,8 @@ def kinds(report: dict) -> dict[str, Callable]:
         return {"memory": endurance}
     if "ranks" in report:
         return {"rate": rate_by_gpus, "latency": latency_by_size}
+    if "requests" in report:
+        return {"memory": group_endurance}
     if "cap_gib" in report:
         return {"memory": phases}
     return {"batch": denoise_batches}
@@ -56,7 +58,8 @@ def kinds(report: dict) -> dict[str, Callable]:
 
 def title(report: dict) -> str:
     """Under what it was measured."""
-    device = report.get("hardware") or f"{report['device']}, driver {report['driver']}"
+    driver = f", driver {report['driver']}" if report.get("driver") else ""
+    device = report.get("hardware") or report["device"] + driver
     versions = report.get("versions") or {name: report[name] for name in ("torch", "triton", "comfyui")}
     named = ", ".join(f"{name} {version}" for name, version in versions.items())
     return f"{device}\n{named}, weights: {report.get('weights', 'random, full size')}, {report['date']}"
@@ -198,6 +201,22 @@ def latency_by_size(report: dict, axes) -> None:
     axes.set_ylim(bottom=0)
     axes.set_xlabel("side of the picture, pixels")
     axes.set_ylabel("s of denoising one picture, eight evaluations (p50)")
+
+
+def group_endurance(report: dict, axes) -> None:
+    """Memory of every process of a group after every request of a long row; a rank that is started anew begins anew."""
+    rows = report["requests"]
+    images = [row["images"] for row in rows]
+    for number in range(len(rows[0]["ranks"]) if rows else 0):
+        for key, label in (("rss_mib", "main memory"), ("allocated_mib", "GPU"), ("reserved_mib", "GPU, reserved")):
+            if key in rows[0]["ranks"][number]:
+                held = [row["ranks"][number][key] / 1024 for row in rows]
+                axes.plot(images, held, linewidth=1, label=f"rank {number}, {label}")
+    coordinator = [row["coordinator"]["rss_mib"] / 1024 for row in rows]
+    axes.plot(images, coordinator, linewidth=1, color="black", label="coordinator, main memory")
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel("pictures of random sizes, prompts and splits drawn")
+    axes.set_ylabel("memory held, GiB")
 
 
 if __name__ == "__main__":

@@ -12,6 +12,8 @@ import torch
 from . import wire
 from .faults import CUDA, EXCEPTION, EXCHANGE, MEMORY
 
+# What gloo's errors have in common, which torch raises as plain ones; NCCL's are DistErrors.
+_OF_GLOO = ("gloo/", "pair closure")
 CANCELLED, REFUSED = "cancelled", "refused"  # ends of a job after which the rank is well; others are kinds of faults
 _END = None
 
@@ -87,6 +89,8 @@ def _kind(error: BaseException) -> str:
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return MEMORY
     if isinstance(error, torch.distributed.DistError):
+        return EXCHANGE
+    if isinstance(error, RuntimeError) and any(words in str(error) for words in _OF_GLOO):
         return EXCHANGE
     if isinstance(error, RuntimeError) and "CUDA" in str(error):
         return CUDA

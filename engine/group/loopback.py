@@ -12,6 +12,7 @@ from aiohttp import web
 FIRST_PORT = 17860
 ADDRESS = "127.0.0.1"
 _BACKLOG = 128
+_END_SECONDS = 0.5  # for requests that come in at the end; a stranger's, whose body never comes, would hold it up
 
 
 def headers(token: str) -> dict[str, str]:
@@ -27,7 +28,7 @@ async def serve(
     """
     application = web.Application(middlewares=[_guard(token)], client_max_size=body_limit)
     application.add_routes(routes)
-    runner = web.AppRunner(application, access_log=None)
+    runner = web.AppRunner(application, access_log=None, shutdown_timeout=_END_SECONDS)
     await runner.setup()
     listener = bound(address, first_port)
     await web.SockSite(runner, listener).start()
@@ -58,7 +59,8 @@ def _guard(token: str):
 
     @web.middleware
     async def guard(request: web.Request, handler) -> web.StreamResponse:
-        if hmac.compare_digest(request.headers.get("Authorization", "").encode(), expected):
+        given = request.headers.get("Authorization", "").encode(errors="surrogateescape")  # the bytes that came
+        if hmac.compare_digest(given, expected):
             return await handler(request)
         logging.warning(
             "Z-Image-Turbo: %s asked a multi-gpu process for %s without its token, and was refused.",

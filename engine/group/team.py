@@ -17,7 +17,7 @@ import psutil
 from aiohttp import web
 
 from . import launch, loopback, shared, wire
-from .faults import ENDED, REMEDIES, SILENT, SLOW, START, STUCK, Fault, Refused
+from .faults import ENDED, EXCHANGE, REMEDIES, SILENT, SLOW, START, STUCK, Fault, Refused
 
 REPORT_LIMIT = 1 << 16
 POLL_SECONDS = 0.1
@@ -111,7 +111,7 @@ class Team:
         """End all processes, whatever state they are in. Returns the last lines that they printed before."""
         for task in self._tasks:
             task.cancel()
-        lines = list(self._processes.tail) if self._processes else []
+        lines = await asyncio.to_thread(self._processes.last_lines) if self._processes else []
         elsewhere = [member for member in self.members.values() if member.process is None]
         ending = [self._post(member, "/stop") for member in elsewhere]
         if self._processes:
@@ -195,13 +195,15 @@ class Team:
                     if kind == wire.RESULT:
                         return answer
                     if kind == wire.ERROR:
-                        raise self._error(member.number, wire.unpack(answer))
+                        raise await self._error(member.number, wire.unpack(answer))
                     on_progress(member.number, answer)
         except (aiohttp.ClientError, asyncio.IncompleteReadError, OSError) as error:
             raise self._failure(ENDED, f"ended during '{operation}'", member.number) from error
 
-    def _error(self, rank: int, error: dict) -> Exception:
+    async def _error(self, rank: int, error: dict) -> Exception:
         """What a rank said went wrong there."""
+        if error["kind"] == EXCHANGE:  # as when another one has ended, which is about to be seen
+            await asyncio.wait({self.fault}, timeout=POLL_SECONDS)
         if error["kind"] in REMEDIES:
             return self._failure(error["kind"], error["what"], rank)
         return Refused(error["what"] or error["kind"])

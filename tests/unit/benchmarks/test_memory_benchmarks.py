@@ -1,4 +1,4 @@
-"""The parts of benchmarks/memory.py, endurance.py and plots.py that need no GPU."""
+"""The parts of benchmarks/memory.py, endurance.py, group_endurance.py and plots.py that need no GPU."""
 
 import json
 
@@ -28,6 +28,12 @@ DENOISE = CONDITIONS | {
 ENDURANCE = CONDITIONS | {
     "precision": "int4",
     "pictures": [{"number": number, "allocated_mib": 100.0, "reserved_mib": 200.0} for number in (1, 2)],
+}
+GROUP = CONDITIONS | {
+    "requests": [
+        {"images": number, "coordinator": {"rss_mib": 500}, "ranks": [{"rss_mib": 600, "allocated_mib": 100}] * 2}
+        for number in (3, 5)
+    ],
 }
 MEMORY = CONDITIONS | {
     "cap_gib": 8.0,
@@ -71,6 +77,7 @@ def test_weights_are_counted_where_they_lie():
         (SERVER, {"latency", "batch", "memory"}),
         (DENOISE, {"batch"}),
         (ENDURANCE, {"memory"}),
+        (GROUP, {"memory"}),
         (MEMORY, {"memory"}),
         (MULTI_GPU, {"rate", "latency"}),
     ],

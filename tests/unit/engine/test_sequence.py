@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as some
 
 from zimage_turbo.engine import forward, sequence
+from zimage_turbo.engine.group import faults
 from zimage_turbo.tests.unit.engine import together
 
 PROGRAM = Path(__file__).with_name("together.py")
@@ -34,6 +35,13 @@ def test_ranks_compute_what_one_process_does(results, size, case):
     found = results[together.case_name(size, *case)]
     assert found["error"] <= found["bound"]
     assert not found["differ"], "every rank steps the sampler: all must have the very same numbers"
+
+
+def test_who_waits_for_a_rank_in_vain_says_so_within_the_limit(results):
+    """Not after the half hour that torch gives a group of some ranks."""
+    found = results["alone"]
+    assert found["kind"] == faults.EXCHANGE and found["what"].startswith("could not exchange data with the others: ")
+    assert found["seconds"] < 20
 
 
 tokens = some.integers(0, 5000)

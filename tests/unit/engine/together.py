@@ -1,7 +1,8 @@
 """Eight ranks over gloo, which compute what test_sequence.py holds against one process; a program of its own.
 
 Ranks of fewer are subgroups of these, so one start serves every world size. Processes are forked where everything is
-imported and no thread runs yet. Writes a JSON object: of each case by name, its error and whether ranks differ.
+imported and no thread runs yet. Writes a JSON object: of each case by name, its error and whether ranks differ; under
+"alone" what a rank says that waits for another one in vain, and after how many seconds.
 Run: python together.py <ComfyUI tree> <folder>, which gets the file for the rendezvous and results.json
 """
 
@@ -33,6 +34,7 @@ EXACT, LOUD = 1e-5, 2.0**17
 OWN_ERROR = {"fp8": 1.1, "fp16": 2.0}  # how much farther from fp32 ranks may be than one rank is
 LIMIT = datetime.timedelta(seconds=30)  # of one exchange
 WHOLE_LIMIT = 150  # seconds
+SHORT_LIMIT = datetime.timedelta(seconds=0.5)
 
 
 def odd_module(form=None, dtype=None):
@@ -146,6 +148,26 @@ def cases():
     ]
 
 
+def alone(rank):
+    """Of rank 0, which rank 1 leaves to wait."""
+    import torch
+
+    from zimage_turbo.engine.group import jobs, wire
+    from zimage_turbo.engine.together import Together
+
+    pair = Together((0, 1), rank, torch.device("cpu"), SHORT_LIMIT)
+    if rank > 0:
+        return None
+    began, job = time.monotonic(), jobs.Job("0", "draw", None, types.SimpleNamespace(call_soon_threadsafe=call))
+    job.run(lambda job: pair.any(job.cancelled))
+    _, body = job.frames.get_nowait()
+    return wire.unpack(body) | {"seconds": time.monotonic() - began}
+
+
+def call(function, *arguments):
+    function(*arguments)
+
+
 def run(rank, modules, exact, folder):
     import torch
     import torch.distributed as dist
@@ -154,6 +176,7 @@ def run(rank, modules, exact, folder):
     results = {}
     with torch.inference_mode():
         compare(modules, exact, results)
+    results["alone"] = alone(rank)
     if rank == 0:
         Path(folder, "results.json").write_text(json.dumps(results, indent=1))
     dist.barrier()

@@ -12,8 +12,10 @@ def echo(rank, job):
 
 
 def steps(rank, job):
-    """As a sampler does, with a look for a cancel between steps."""
+    """As a sampler does, with a look for a cancel between steps; all ranks together, where that is wanted."""
     for step in range(job.request["steps"]):
+        if job.request.get("together"):
+            dist.barrier()
         job.check()
         job.tell({"step": step})
         time.sleep(job.request["seconds"])
@@ -63,7 +65,6 @@ def recall(rank, job):
 
 ERRORS = {
     "memory": torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
-    "cuda": RuntimeError("CUDA error: an illegal memory access was encountered"),
     "exception": KeyError("lost"),
     "refused": ValueError("seed is -1, but seeds begin at 0."),
 }

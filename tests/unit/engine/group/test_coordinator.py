@@ -1,6 +1,7 @@
 """The life of a group of ranks, in real processes over gloo: work, faults of every kind, and its end.
 
-Most tests share one group, which each leaves as it found it: well, or on its way to be.
+All but the last share one process's groups: first one of which a device is broken, then the one that takes its place,
+which each test leaves as it found it: well, or on its way to be.
 """
 
 import contextlib
@@ -49,9 +50,15 @@ def running(setup=SETUP, limits=LIMITS, **options):
 
 
 @pytest.fixture(scope="module")
-def group():
-    with running() as made:
-        yield made
+def current():
+    made = Current()
+    yield made
+    made.close()
+
+
+@pytest.fixture(scope="module")
+def group(current):
+    return current.group(SETUP, LIMITS)
 
 
 def processes(group):
@@ -93,6 +100,39 @@ def gone(process, seconds=15.0):
     except psutil.NoSuchProcess:
         return True
     return True
+
+
+# --- Devices ---
+
+
+def test_it_goes_on_with_the_devices_that_work(current, caplog):
+    group = current.group(ONE_IS_BROKEN, LIMITS)
+    with caplog.at_level(logging.WARNING):
+        assert group.call("echo", everyone(None), AMPLE) == {0: {"rank": 0, "size": 1, "request": None}}
+    state = current.document()
+    assert state["state"] == coordinator.DEGRADED and state["asked"] == 2 and len(state["ranks"]) == 1
+    assert "1 of 2 ranks ready" in state["reason"]
+    assert "rank 1 (cuda:97) could not use its device" in state["reason"]
+    assert any("1 of 2 ranks ready" in record.getMessage() for record in caplog.records)
+
+
+def test_another_number_of_ranks_takes_the_place_of_the_first(current):
+    one = current.group(ONE_IS_BROKEN, LIMITS)
+    before = processes(one)
+    assert current.group(ONE_IS_BROKEN, LIMITS) is one and len(before) == 1
+    two = current.group(SETUP, LIMITS)
+    assert gone(before[0], 0.1) and one.document()["state"] == coordinator.CLOSED
+    assert set(two.call("echo", everyone(None), AMPLE)) == {0, 1}
+    assert current.document()["state"] == coordinator.OK
+    with pytest.raises(GroupError, match="was closed, or is used with other GPUs now"):
+        one.call("echo", everyone(None), AMPLE)
+
+
+def test_a_group_without_any_device_fails_and_says_why():
+    with running(devices=lambda: ()) as made:
+        with pytest.raises(GroupError, match="none of the devices asked for is there"):
+            made.start()
+        assert made.document()["state"] == coordinator.FAILED
 
 
 # --- Work ---
@@ -239,10 +279,11 @@ def test_work_that_does_not_stop_is_ended_with_its_process(group):
 
 
 def test_a_killed_rank(group, caplog):
-    """Rank 1; test_duties.py kills the other."""
+    """Rank 1, which the other waits for, and hears of as soon; test_duties.py kills the other."""
     before = processes(group)
     with caplog.at_level(logging.WARNING):
-        result = begun(group, "steps", {"steps": 10, "seconds": 0.1}, lambda told: told["step"] > 0)
+        request = {"steps": 10, "seconds": 0.1, "together": True}
+        result = begun(group, "steps", request, lambda told: told["step"] > 0)
         killed = time.monotonic()
         before[1].kill()
         deadline = killed + AMPLE
@@ -291,37 +332,7 @@ def test_an_operation_beyond_its_time(group, tmp_path):
     assert "rank 1 (cpu) took longer than 1 s for 'hang'" in group.document()["last_fault"]["what"]
 
 
-# --- Devices ---
-
-
-@pytest.fixture(scope="module")
-def current():
-    made = Current()
-    yield made
-    made.close()
-
-
-def test_it_goes_on_with_the_devices_that_work(current, caplog):
-    group = current.group(ONE_IS_BROKEN, LIMITS)
-    with caplog.at_level(logging.WARNING):
-        assert group.call("echo", everyone(None), AMPLE) == {0: {"rank": 0, "size": 1, "request": None}}
-    state = current.document()
-    assert state["state"] == coordinator.DEGRADED and state["asked"] == 2 and len(state["ranks"]) == 1
-    assert "1 of 2 ranks ready" in state["reason"]
-    assert "rank 1 (cuda:97) could not use its device" in state["reason"]
-    assert any("1 of 2 ranks ready" in record.getMessage() for record in caplog.records)
-
-
-def test_another_number_of_ranks_takes_the_place_of_the_first(current):
-    one = current.group(ONE_IS_BROKEN, LIMITS)
-    before = processes(one)
-    assert current.group(ONE_IS_BROKEN, LIMITS) is one and len(before) == 1
-    two = current.group(SETUP, LIMITS)
-    assert gone(before[0], 0.1) and one.document()["state"] == coordinator.CLOSED
-    assert set(two.call("echo", everyone(None), AMPLE)) == {0, 1}
-    assert current.document()["state"] == coordinator.OK
-    with pytest.raises(GroupError, match="was closed, or is used with other GPUs now"):
-        one.call("echo", everyone(None), AMPLE)
+# --- The end ---
 
 
 def test_closing_leaves_nothing(current):
@@ -335,36 +346,51 @@ def test_closing_leaves_nothing(current):
     assert process.num_fds() < files and threading.active_count() < threads
 
 
-def test_a_group_without_any_device_fails_and_says_why():
-    with running(devices=lambda: ()) as made:
-        with pytest.raises(GroupError, match="none of the devices asked for is there"):
-            made.start()
-        assert made.document()["state"] == coordinator.FAILED
-
-
-# --- The end ---
-
 COORDINATOR = """
-import sys
+import sys, threading, time
 sys.path.insert(0, sys.argv[1])
 import conftest
 from zimage_turbo.engine.group.coordinator import Group
 from zimage_turbo.engine.group.launch import Setup
 
 group = Group(Setup(("cpu", "cpu"), operations=(sys.argv[2],)))
+"""
+WORKING = """
 group.start()
 print(*(rank["pid"] for rank in group.document()["ranks"]), flush=True)
 group.call("hang", lambda size: dict.fromkeys(range(size), {"seconds": 3600}), 3600)
 """
+STARTING = """
+threading.Thread(target=group.start, daemon=True).start()
+print(flush=True)
+time.sleep(3600)
+"""
+
+
+def another_coordinator(pack, does):
+    command = [sys.executable, "-c", COORDINATOR + does, str(pack / "tests"), FAULTY]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
 
 
 def test_no_process_outlives_the_coordinator(pack):
     """Not even one that is stopped, and could not look."""
-    command = [sys.executable, "-c", COORDINATOR, str(pack / "tests"), FAULTY]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as coordinator:
+    with another_coordinator(pack, WORKING) as coordinator:
         ranks = [psutil.Process(int(pid)) for pid in coordinator.stdout.readline().split()]
         everything = psutil.Process(coordinator.pid).children(recursive=True)
         assert len(ranks) == 2 and set(ranks) < set(everything) and len(everything) == 3
         ranks[1].send_signal(signal.SIGSTOP)
         coordinator.kill()
+    assert [process.pid for process in everything if not gone(process)] == []
+
+
+def test_ctrl_c_while_ranks_start_leaves_nothing(pack):
+    """Nor does the coordinator wait for them."""
+    with another_coordinator(pack, STARTING) as coordinator:
+        coordinator.stdout.readline()
+        deadline = time.monotonic() + AMPLE
+        while len(everything := psutil.Process(coordinator.pid).children(recursive=True)) < 3:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        coordinator.send_signal(signal.SIGINT)
+        coordinator.wait(15)
     assert [process.pid for process in everything if not gone(process)] == []

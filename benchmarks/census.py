@@ -1,0 +1,24 @@
+"""What a process holds: memory, open files and threads. Ranks of a group tell it as one of their operations."""
+
+import os
+
+import psutil
+import torch
+
+from .allocator_log import mib
+
+
+def taken(device: torch.device) -> dict[str, float]:
+    """Of this process; memory in MiB, on a GPU also torch's there."""
+    process = psutil.Process()
+    held = {"pid": os.getpid(), "rss_mib": mib(process.memory_info().rss)}
+    if device.type == "cuda":
+        held |= {"allocated_mib": mib(torch.cuda.memory_allocated()), "reserved_mib": mib(torch.cuda.memory_reserved())}
+    return held | {"files": process.num_fds(), "threads": process.num_threads()}
+
+
+def census(rank, job) -> dict[str, float]:
+    return taken(rank.device)
+
+
+OPERATIONS = {"census": census}

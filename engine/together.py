@@ -11,7 +11,8 @@ PATIENCE = datetime.timedelta(minutes=30)  # while one of them does what the oth
 
 
 class Together:
-    """The ranks with these numbers, `own` among them or not. All ranks of the job must make it, in the same order.
+    """The ranks with these numbers, `own` among them or not. All ranks of the job must make it, in the same order, and
+    only once.
 
     limit: of one exchange between their GPUs.
     """

@@ -56,18 +56,16 @@ class Cards:
         if self.group.kept(f"meeting {count}") is None:
             self.group.keep(f"meeting {count}", "meet", request, LIMIT)
 
-    def drawn(self, images: list[dict], count: int, split: str = plan.IMAGES, decode=True, steps=ode.NFE) -> list[dict]:
-        """What the first `count` ranks draw, whole pictures each or (`plan.SEQUENCE`) each picture together."""
+    def drawn(self, images: list[dict], count: int, split: str = plan.IMAGES, steps: int = ode.NFE) -> torch.Tensor:
+        """Latents [B, 16, h, w] by the first `count` ranks: whole ones each, or (`plan.SEQUENCE`) each one together."""
         common = {"key": self.key, "sigmas": ode.sigmas(steps), "solver": ode.OFFICIAL, "tolerance": ode.TOLERANCE}
-        common |= {"decode": decode, "previews": False}
-        return spread.draw(self.group, common, images, LIMIT, choose=_of_first(count, split))
+        results = spread.draw(self.group, common | {"previews": False}, images, LIMIT, choose=_of_first(count, split))
+        return torch.cat([told["latent"] for told in results])
 
-    def pictures(self, images: list[dict], count: int, split: str = plan.IMAGES) -> torch.Tensor:
-        """[B, H, W, 3], drawn so and then decoded, as the sampler and the VAE of multi-gpu do it."""
-        latents = torch.cat([told["latent"] for told in self.drawn(images, count, split, decode=False)])
-        shape = torch.Size((len(images), *(LATENT_SCALE * side for side in latents.shape[2:]), 3))
-        choose = _of_first(count, plan.IMAGES)
-        return spread.decode(self.group, self.key, latents, shape, torch.float32, LIMIT, choose=choose)
+    def pictures(self, images: list[dict], count: int, split: str = plan.IMAGES) -> tuple[torch.Tensor, torch.Tensor]:
+        """Latents drawn so and pictures [B, H, W, 3] of them, as the sampler and the VAE of multi-gpu make them."""
+        latents = self.drawn(images, count, split)
+        return latents, decoded(self.group, self.key, latents, _of_first(count, plan.IMAGES))
 
     def evaluation(self, count: int, size: int, tokens: int) -> dict[int, float]:
         """Seconds of one evaluation by one rank and by `count` that have met: the slowest rank's."""
@@ -93,6 +91,12 @@ class Cards:
     def kill(self) -> None:
         """End the last rank as the system would."""
         psutil.Process(self.group.document()["ranks"][-1]["pid"]).kill()
+
+
+def decoded(group: Group, key: str, latents: torch.Tensor, choose: spread.Choose = spread.whole) -> torch.Tensor:
+    """The pictures [B, H, W, 3] of latents [B, 16, h, w]."""
+    shape = torch.Size((len(latents), *(LATENT_SCALE * side for side in latents.shape[2:]), 3))
+    return spread.decode(group, key, latents, shape, torch.float32, LIMIT, choose=choose)
 
 
 def _of_first(count: int, split: str) -> spread.Choose:

@@ -114,10 +114,7 @@ def outcome(group, draw: random.Random, request, arguments: argparse.Namespace) 
     ended = time.monotonic()
     disturbance.join()
     second = request.run(group)
-    same = first is None or all(
-        one["latent"].equal(other["latent"]) and one["picture"].equal(other["picture"])
-        for one, other in zip(first, second, strict=True)
-    )
+    same = first is None or all(one.equal(other) for one, other in zip(first, second, strict=True))
     row = {"seconds": round(ended - began, 2), "cancelled": first is None, "hit": None, "same": same}
     if disturbance.at:
         row["hit"] = disturbance.how and f"{disturbance.how.name} of rank {disturbance.victim}"

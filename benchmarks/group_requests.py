@@ -12,6 +12,8 @@ import torch
 
 from ..engine import ode, plan, spread, text
 from ..engine.group.coordinator import Group
+from ..engine.model import LATENT_SCALE
+from .cards import decoded
 from .contestants import prompt_text
 
 STEPS = 4  # a group does nothing else for more of them
@@ -27,7 +29,7 @@ class Cancel(Exception):
 
 @dataclass(frozen=True)
 class Request:
-    """Pictures, each of its own size, prompt and seed, and how ranks share them: whole, or each split over all."""
+    """Pictures of one size, each of a prompt and seed, and how ranks share them: whole, or each split over all."""
 
     images: list[dict]
     split: str
@@ -35,25 +37,26 @@ class Request:
     @classmethod
     def drawn(cls, draw: random.Random, clip, sides: range) -> "Request":
         """One at random. sides: of pictures, in pixels."""
-        images = []
+        images, start = [], torch.zeros(1, 16, *(draw.choice(sides) // LATENT_SCALE for _ in range(2)))
         for _ in range(draw.randint(1, MOST)):
-            start, seed = torch.zeros(1, 16, draw.choice(sides) // 8, draw.choice(sides) // 8), draw.getrandbits(32)
+            seed = draw.getrandbits(32)
             noise = torch.randn(start.shape, generator=torch.Generator().manual_seed(seed))
             words = ". ".join(prompt_text(draw.getrandbits(16)) for _ in range(draw.randint(1, 4)))
             positive = text.encode(clip, words)
             images.append({"noise": noise, "latent": start, "mask": None, "seed": seed, "positive": positive})
         return cls(images, draw.choice((plan.IMAGES, plan.SEQUENCE)))
 
-    def run(self, group: Group, on_step: Callable = lambda *_: None) -> list[dict]:
-        """What `spread.draw` gives, decoded. Ranks that share pictures must have met."""
+    def run(self, group: Group, on_step: Callable = lambda *_: None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Latents [B, 16, h, w] and pictures [B, H, W, 3], as our sampler and the VAE of multi-gpu make them. Ranks
+        that share pictures must have met."""
 
         def choose(images: int, ranks: int) -> plan.Plan:
             return plan.choose(images, [range(ranks)], self.split)
 
         common = {"key": MODEL, "sigmas": ode.sigmas(STEPS), "solver": "official", "tolerance": ode.TOLERANCE}
-        return spread.draw(
-            group, common | {"decode": True, "previews": False}, self.images, LIMIT, on_step, None, choose
-        )
+        results = spread.draw(group, common | {"previews": False}, self.images, LIMIT, on_step, None, choose)
+        latents = torch.cat([told["latent"] for told in results])
+        return latents, decoded(group, MODEL, latents)
 
 
 @dataclass

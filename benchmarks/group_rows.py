@@ -102,8 +102,7 @@ class GroupRows:
         """Whether all ranks draw what the first draws, and together what it draws up to rounding."""
         self.hold(precision)
         gpus, images = len(self.ranks), self.requests(2 * len(self.ranks), size)
-        alone, shared = self.cards.drawn(images, 1), self.cards.drawn(images, gpus)
-        same = sum(_same(one, other) for one, other in zip(alone, shared, strict=True))
+        same = _same(self.cards.pictures(images, 1), self.cards.pictures(images, gpus))
         row = {"what": "parity", "precision": precision, "size": size}
         said = f"{same} of {len(images)} pictures are those of one GPU"
         self._judged(row | {"gpus": gpus, "split": plan.IMAGES, "gate": same == len(images), "said": said})
@@ -141,9 +140,9 @@ class GroupRows:
         """One picture, by all of so many GPUs together."""
         self.hold(precision)
         given = self.requests(1, size), gpus, self.joined(gpus)
-        latent = self.cards.drawn(*given)[0]["latent"]
+        latent = self.cards.drawn(*given)
         row = {"what": "latency", "precision": precision, "gpus": gpus, "size": size}
-        row |= spread_of("denoise", times(lambda: self.cards.drawn(*given, decode=False)))
+        row |= spread_of("denoise", times(lambda: self.cards.drawn(*given)))
         row |= spread_of("picture", times(lambda: self.cards.pictures(*given)))
         if gpus == 1:
             self.alone["latency", precision, size] = row["denoise_p50_s"], latent
@@ -166,13 +165,13 @@ class GroupRows:
         self.hold(precision)
         gpus = len(self.ranks)
         images = self.requests(gpus, size)
-        before = self.cards.drawn(images, gpus)
+        before = self.cards.pictures(images, gpus)
         began = time.perf_counter()
         self.cards.kill()
-        after = self.cards.drawn(images, gpus)
+        after = self.cards.pictures(images, gpus)
         seconds = time.perf_counter() - began
-        same = all(_same(one, other) for one, other in zip(before, after, strict=True))
-        row = {"what": "recovery", "precision": precision, "gpus": gpus, "size": size, "seconds": seconds, "gate": same}
+        row = {"what": "recovery", "precision": precision, "gpus": gpus, "size": size, "seconds": seconds}
+        row |= {"gate": _same(before, after) == len(images)}
         self.keep(row | {"said": "from SIGKILL of a rank to the next picture of each"})
 
     def hold(self, precision: str) -> None:
@@ -183,7 +182,7 @@ class GroupRows:
     def evaluated(self, size: int, gpus: int) -> torch.Tensor:
         """The clean latent that one evaluation of noise predicts, by a replayed graph on a GPU."""
         given = self.requests(1, size), gpus, self.joined(gpus)
-        return [self.cards.drawn(*given, decode=False, steps=1) for _ in range(REPLAYED)][-1][0]["latent"]
+        return [self.cards.drawn(*given, steps=1) for _ in range(REPLAYED)][-1]
 
     def joined(self, gpus: int) -> str:
         """How so many draw one picture together, who have met."""
@@ -195,8 +194,10 @@ class GroupRows:
         return [image(number, size, self.prompts[number]) for number in range(count)]
 
 
-def _same(one: dict, other: dict) -> bool:
-    return one["latent"].equal(other["latent"]) and one["picture"].equal(other["picture"])
+def _same(some: tuple[torch.Tensor, torch.Tensor], others: tuple[torch.Tensor, torch.Tensor]) -> int:
+    """How many have the very same latent and picture."""
+    pairs = zip(zip(*some, strict=True), zip(*others, strict=True), strict=True)
+    return sum(one.equal(latent) and made.equal(picture) for (one, made), (latent, picture) in pairs)
 
 
 def _distance(output: torch.Tensor, exact: torch.Tensor) -> float:

@@ -190,21 +190,17 @@ def draw(rank: Rank, job: Job) -> wire.Tree:
     """Whole runs of the sampler, one picture after the other, each told of as soon as it is there.
 
     request: key; images, of each number, noise and latent [1, 16, h, w] as the guider takes them, mask (or None), seed
-    and positive, a CONDITIONING; sigmas [steps + 1], solver, tolerance; decode: whether pictures are wanted; previews:
-    whether clean latents are told of at each step; ranks: the numbers of those that are asked the same, and compute it
-    together, or None. Tells {image, step, steps, preview}, and of each result {image, latent [1, 16, h, w], picture
-    [1, H, W, 3] or None, report}; of several ranks the first does. Cancelled between steps, by all of them at once.
+    and positive, a CONDITIONING; sigmas [steps + 1], solver, tolerance; previews: whether clean latents are told of at
+    each step; ranks: the numbers of those that are asked the same, and compute it together, or None. Tells {image,
+    step, steps, preview}, and of each result {image, latent [1, 16, h, w], report}; of several ranks the first does.
+    Cancelled between steps, by all of them at once.
     """
     loaded, together = kept(rank, job.request["key"]), _together(rank, job.request["ranks"])
-    if job.request["decode"] and loaded.vae is None:
-        raise ValueError(f"pictures are wanted, but '{job.request['key']}' was loaded without a VAE.")
     with loaded.joined(together):
         for image in job.request["images"]:
             latent, report = _drawn(loaded.model, image, job, together)
-            if together is not None and not together.leads:
-                continue
-            picture = loaded.vae.decode(latent) if job.request["decode"] else None
-            job.tell({"image": image["number"], "latent": latent, "picture": picture, "report": report.as_dict()})
+            if together is None or together.leads:
+                job.tell({"image": image["number"], "latent": latent, "report": report.as_dict()})
     return None
 
 

@@ -287,8 +287,7 @@ def sample(
         callback(next(done, steps - 1), clean, clean, steps)
 
     previews = latent_preview.get_previewer(model.load_device, model.model.latent_format) is not None
-    common = {"key": given.key, "sigmas": levels, "solver": solver, "tolerance": tolerance}
-    common |= {"decode": False, "previews": previews}
+    common = {"key": given.key, "sigmas": levels, "solver": solver, "tolerance": tolerance, "previews": previews}
     choose = given.choice(group, start.shape, prompts[0][0][0].shape[1])
     results = spread.draw(group, common, pictures, PICTURE_LIMIT * count, on_step, _interrupted, choose)
     return torch.cat([each["latent"] for each in results]), [ode.Report.of(each["report"]) for each in results]

@@ -71,30 +71,33 @@ def demo_images(demo, count):
     return [image(number, text.encode(demo[1], prompts[number % 3])) for number in range(count)]
 
 
-def draw(group, images, ranks=2, split=plan.IMAGES, decode=True, steps=ode.NFE, on_step=lambda *_: None):
-    common = {"key": "model", "sigmas": ode.sigmas(steps), "solver": "official", "tolerance": 0.05, "decode": decode}
-    return spread.draw(
+def draw(group, images, ranks=2, split=plan.IMAGES, steps=ode.NFE, on_step=lambda *_: None):
+    """Latents [B, 16, h, w]."""
+    common = {"key": "model", "sigmas": ode.sigmas(steps), "solver": "official", "tolerance": 0.05}
+    results = spread.draw(
         group, common | {"previews": False}, images, LIMIT, on_step,
         choose=lambda left, _: plan.choose(left, [range(ranks)], split),
     )  # fmt: skip
+    return torch.cat([told["latent"] for told in results])
 
 
-def same(results, others):
-    return all(
-        torch.equal(one["latent"], other["latent"]) and torch.equal(one["picture"], other["picture"])
-        for one, other in zip(results, others, strict=True)
+def decode(group, latents, ranks=2):
+    shape = torch.Size((len(latents), *(8 * side for side in latents.shape[2:]), 3))
+    return spread.decode(
+        group, "model", latents, shape, torch.float32, LIMIT, choose=lambda left, _: spread.whole(left, ranks)
     )
 
 
 def test_a_batch_on_two_gpus_is_that_of_one(group, demo):
     load_demo(group)
     images = demo_images(demo, 5)
-    alone, shared = draw(group, images, ranks=1), draw(group, images)
-    assert same(shared, alone)
-    for given, drawn in zip(images, shared, strict=True):
+    latents = draw(group, images)
+    assert torch.equal(latents, draw(group, images, ranks=1))
+    assert torch.equal(decode(group, latents), decode(group, latents, ranks=1))
+    for given, drawn in zip(images, latents, strict=True):
         empty = sampling.empty_latent(demo[0], 256, 256, 1)
         here = sampling.sample(demo[0], given["positive"], empty, given["seed"], ode.sigmas())["samples"]
-        assert torch.equal(here.cpu(), drawn["latent"])
+        assert torch.equal(here.cpu()[0], drawn)
 
 
 @pytest.mark.parametrize("precision", ["bf16", "int4", *FP8])
@@ -103,7 +106,7 @@ def test_together_two_gpus_err_as_one_does(group, file, precision):
     positive = [[torch.randn(1, 40, 256, generator=torch.Generator().manual_seed(3)), {}]]
 
     def evaluated(ranks, split):
-        runs = [draw(group, [image(1, positive)], ranks, split, False, 1)[0]["latent"] for _ in range(REPLAYED)]
+        runs = [draw(group, [image(1, positive)], ranks, split, 1) for _ in range(REPLAYED)]
         assert all(torch.equal(runs[0], run) for run in runs)
         return runs[0].double()
 
@@ -137,9 +140,9 @@ def test_a_rank_killed_on_the_way_loses_no_picture(group, demo, number, split):
     print(f"{time.monotonic() - began:.1f} s with a rank killed on the way")
     assert f"rank {number} (cuda:{number}) ended" in group.document()["last_fault"]["what"]
     if split == plan.IMAGES:
-        assert same(drawn, wanted)
+        assert torch.equal(drawn, wanted)
     for one, other in zip(drawn, wanted, strict=True):
-        assert relative_error(one["latent"], other["latent"]) < UNLIKE
+        assert relative_error(one, other) < UNLIKE
     assert group.document()["state"] == "ok"
 
 

@@ -51,7 +51,7 @@ def one_thread():
 
 def common(**changes):
     settings = {"key": "demo", "sigmas": ode.sigmas(STEPS), "solver": "official", "tolerance": 0.05}
-    return settings | {"decode": True, "previews": False, "ranks": None} | changes
+    return settings | {"previews": False, "ranks": None} | changes
 
 
 def images(positives, count=5):
@@ -67,11 +67,10 @@ def images(positives, count=5):
 
 
 def drawn_here(demo, image):
-    patcher, _, vae = demo
+    patcher = demo[0]
     height, width = image["noise"].shape[-2:]
     empty = sampling.empty_latent(patcher, 8 * width, 8 * height, 1)
-    latent = sampling.sample(patcher, image["positive"], empty, image["seed"], ode.sigmas(STEPS))["samples"]
-    return latent, vae.decode(latent)
+    return sampling.sample(patcher, image["positive"], empty, image["seed"], ode.sigmas(STEPS))["samples"]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -86,8 +85,7 @@ def test_five_images_on_two_ranks_are_those_of_one_process(group, demo, positive
     drawn = spread.draw(group, common(), wanted, LIMIT, lambda image, *step: steps.append((image, *step)))
     assert [result["image"] for result in drawn] == [0, 1, 2, 3, 4]
     for image, result in zip(wanted, drawn, strict=True):
-        latent, picture = drawn_here(demo, image)
-        assert torch.equal(result["latent"], latent) and torch.equal(result["picture"], picture)
+        assert torch.equal(result["latent"], drawn_here(demo, image))
         assert result["report"]["nfe"] == STEPS
     for image in range(5):
         assert [step for each, *step in steps if each == image] == [[step + 1, STEPS, None] for step in range(STEPS)]
@@ -108,11 +106,8 @@ def test_both_ranks_draw(group, positives):
 
 def test_previews_are_clean_latents_on_the_way(group, positives):
     (image,), previews = images(positives, 1), []
-    (result,) = spread.draw(
-        group, common(previews=True, decode=False), [image], LIMIT, lambda *step: previews.append(step[-1])
-    )
+    spread.draw(group, common(previews=True), [image], LIMIT, lambda *step: previews.append(step[-1]))
     assert len(previews) == STEPS and all(each.shape == image["noise"].shape for each in previews)
-    assert result["picture"] is None
 
 
 def test_one_evaluation_of_prompts_of_several_lengths(group, demo, positives, one_thread):
@@ -172,9 +167,9 @@ def test_images_that_are_there_when_a_rank_is_killed_are_kept(group, demo, posit
             killer.set()
             victim.kill()
 
-    for result in spread.draw(group, common(decode=False), wanted, LIMIT, on_step):
+    for result in spread.draw(group, common(), wanted, LIMIT, on_step):
         latents.append(result["latent"])
-    assert all(torch.equal(latent, drawn_here(demo, image)[0]) for latent, image in zip(latents, wanted, strict=True))
+    assert all(torch.equal(latent, drawn_here(demo, image)) for latent, image in zip(latents, wanted, strict=True))
     assert begun.count((0, 1)) == 1, "the first image was there, and is not drawn twice"
     assert begun.count((1, 1)) == 2
     assert "rank 0 (cpu) ended during 'draw'" in group.document()["last_fault"]["what"]

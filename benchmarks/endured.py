@@ -7,7 +7,7 @@ SETTLED = 0.2  # what is held after this share of the pictures is compared with 
 WINDOW = 0.1  # memory's median in so many before: what one request frees is given back to the system in a later one
 ALLOWED = 0.02  # growth of memory since
 RECOVERED = 60.0  # seconds from a fault, or a cancel, to the end of the request that it hit
-MEMORY = ("rss_mib", "allocated_mib")  # what torch keeps beyond that on a GPU is the host's to give back
+MEMORY = ("kept_mib", "allocated_mib")  # what torch keeps beyond that on a GPU is the host's to give back
 
 
 def verdict(report: dict) -> dict:

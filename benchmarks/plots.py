@@ -208,11 +208,11 @@ def group_endurance(report: dict, axes) -> None:
     rows = report["requests"]
     images = [row["images"] for row in rows]
     for number in range(len(rows[0]["ranks"]) if rows else 0):
-        for key, label in (("rss_mib", "main memory"), ("allocated_mib", "GPU"), ("reserved_mib", "GPU, reserved")):
+        for key, label in (("kept_mib", "main memory"), ("allocated_mib", "GPU"), ("reserved_mib", "GPU, reserved")):
             if key in rows[0]["ranks"][number]:
                 held = [row["ranks"][number][key] / 1024 for row in rows]
                 axes.plot(images, held, linewidth=1, label=f"rank {number}, {label}")
-    coordinator = [row["coordinator"]["rss_mib"] / 1024 for row in rows]
+    coordinator = [row["coordinator"]["kept_mib"] / 1024 for row in rows]
     axes.plot(images, coordinator, linewidth=1, color="black", label="coordinator, main memory")
     axes.set_ylim(bottom=0)
     axes.set_xlabel("pictures of random sizes, prompts and splits drawn")

@@ -4,7 +4,7 @@ import pytest
 
 from zimage_turbo.benchmarks import endured
 
-HELD = {"pid": 1, "rss_mib": 600.0, "files": 20, "threads": 9}
+HELD = {"pid": 1, "kept_mib": 600.0, "files": 20, "threads": 9}
 
 
 def report(requests=10):
@@ -28,8 +28,8 @@ def failing(found):
 
 def test_what_stays_as_it_was_held():
     found = report()
-    found["requests"][0]["ranks"][0]["rss_mib"] = 300.0  # before it settles
-    found["requests"][5]["ranks"][0] |= {"rss_mib": 900.0, "files": 30}  # what comes and goes again
+    found["requests"][0]["ranks"][0]["kept_mib"] = 300.0  # before it settles
+    found["requests"][5]["ranks"][0] |= {"kept_mib": 900.0, "files": 30}  # what comes and goes again
     verdict = endured.verdict(found)
     assert verdict["held"] and verdict["summary"]["memory settled after"] == 20
 
@@ -39,7 +39,7 @@ def test_what_stays_as_it_was_held():
     [
         ({"same": False}, "same pictures"),
         ({"ranks": [HELD | {"pid": 2}, HELD | {"pid": 3, "allocated_mib": 103.0}]}, "memory"),
-        ({"coordinator": HELD | {"rss_mib": 613.0}}, "memory"),
+        ({"coordinator": HELD | {"kept_mib": 613.0}}, "memory"),
         ({"coordinator": HELD | {"threads": 10}}, "files and threads"),
         ({"processes": 4}, "processes"),
         ({"hit": "SIGSTOP of rank 0", "until_done_s": 61.0}, "recovery"),
@@ -58,7 +58,7 @@ def test_what_is_left_at_the_end_is_named():
 
 def test_a_rank_that_was_started_anew_has_not_grown():
     found = report()
-    found["requests"][-1]["ranks"][0] |= {"pid": 9, "rss_mib": 2000.0}
+    found["requests"][-1]["ranks"][0] |= {"pid": 9, "kept_mib": 2000.0}
     grown = endured.verdict(found)["summary"]["memory grown since, by share"]
     assert grown == {"coordinator": 0.0, "rank 0": None, "rank 1": 0.0}
 

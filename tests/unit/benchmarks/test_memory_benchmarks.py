@@ -31,7 +31,7 @@ ENDURANCE = CONDITIONS | {
 }
 GROUP = CONDITIONS | {
     "requests": [
-        {"images": number, "coordinator": {"rss_mib": 500}, "ranks": [{"rss_mib": 600, "allocated_mib": 100}] * 2}
+        {"images": number, "coordinator": {"kept_mib": 500}, "ranks": [{"kept_mib": 600, "allocated_mib": 100}] * 2}
         for number in (3, 5)
     ],
 }

@@ -10,8 +10,8 @@ from .allocator_log import mib
 
 
 def taken(device: torch.device) -> dict[str, float]:
-    """Of this process; memory in MiB, on a GPU also torch's there. `kept_mib`: what is left of main memory once glibc has
-    given back what nothing lies in; how much it holds of that changes with the size of pictures."""
+    """Of this process; memory in MiB, on a GPU also torch's there. `kept_mib`: what is left of main memory once glibc
+    has given back what nothing lies in; how much it holds of that changes with the size of pictures."""
     process = psutil.Process()
     held = {"pid": os.getpid(), "rss_mib": mib(process.memory_info().rss)}
     ctypes.CDLL(None).malloc_trim(0)

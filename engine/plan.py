@@ -35,8 +35,8 @@ def choose(
 ) -> Plan:
     """The plan for so many images of one size on ranks that fast links join into islands.
 
-    seconds: of one image by the number of ranks that it is split over, as measured; what was not measured is not
-    chosen by AUTO. Without any, AUTO draws whole images. Groups never cross islands. Raises ValueError for a wrong
+    seconds: of one step of an image by the number of ranks that it is split over, as measured; what was not measured is
+    not chosen by AUTO. Without any, AUTO draws whole images. Groups never cross islands. Raises ValueError for a wrong
     split, and without images or ranks.
     """
     if split not in SPLITS:
@@ -56,7 +56,8 @@ def choose(
     size = min(times, key=lambda each: (times[each], each))
     if size == 1:
         return _plan(images, islands, 1, f"{_count(images, 'image')} whole: no split was measured to be faster")
-    reason = f"each image split over {size} ranks: {times[size]:.2f} s against {times[1]:.2f} s for whole images"
+    took = f"{1000 * times[size]:.0f} ms a step, {1000 * times[1]:.0f} ms for whole images"
+    reason = f"each image split over {size} ranks: {took}"
     return _plan(images, islands, size, reason)
 
 

@@ -128,7 +128,9 @@ def sample_and_report(
     callback = latent_preview.prepare_callback(model, (len(levels) - 1) * pictures)
     if on_ranks:
         result, reports = multi.sample(model, positive, noise, start, mask, seed, levels, solver, tolerance, callback)
-        return kept | {"samples": result.to(outcome)}, ode.common(reports)
+        reports = ode.common(reports)
+        progress.show("\n\n".join(map(str, reports)))  # in place of how ranks share the pictures
+        return kept | {"samples": result.to(outcome)}, reports
     if isinstance(model.model.diffusion_model, TurboNextDiT):
         positive = [[states, prompt_batch.unhooked(extra)] for states, extra in positive]
     guider = comfy.samplers.CFGGuider(model)

@@ -1,4 +1,4 @@
-"""What every rank can be asked to do: hold models, evaluate the denoiser once, draw and decode whole pictures."""
+"""What every rank can be asked to do: hold models, encode prompts, evaluate the denoiser, draw and decode pictures."""
 
 import contextlib
 import gc
@@ -12,7 +12,7 @@ import comfy.model_management as management
 import comfy.samplers
 import torch
 
-from . import patches, plan, prompt_batch, sampling
+from . import patches, plan, prompt_batch, sampling, text
 from .graphs import WARM_UP
 from .group import wire
 from .group.jobs import Cancelled, Job
@@ -27,10 +27,21 @@ TIMED = 4  # evaluations
 
 @dataclass
 class Loaded:
-    """A MODEL of the host, with the patches that it was last given, and the VAE if there is one."""
+    """A MODEL of the host, with the patches that it was last given, the VAE if there is one, and from the first prompts
+    on the CLIP that they were for, with what was asked for."""
 
     model: Any
     vae: Any
+    clip: tuple[dict, Any] | None = None
+
+    def text_encoder(self, wanted: dict) -> Any:
+        """The CLIP that `encode` is asked for, in place of another one."""
+        if self.clip is None or self.clip[0] != wanted:
+            self.clip = None
+            _collect()
+            path, precision = Path(wanted["path"]), wanted["precision"]
+            self.clip = wanted, text.load_text_encoder(path, precision=precision, beside=self.model.model_size())
+        return self.clip[1]
 
     @contextlib.contextmanager
     def joined(self, together: Together | None) -> Iterator[None]:
@@ -75,6 +86,11 @@ def forget(rank: Rank, job: Job) -> wire.Tree:
 
 def _free(rank: Rank) -> None:
     rank.models.clear()
+    _collect()
+
+
+def _collect() -> None:
+    """Free the memory of models that nobody has any more."""
     gc.collect()
     management.cleanup_models()
     management.soft_empty_cache()
@@ -84,6 +100,21 @@ def patch(rank: Rank, job: Job) -> wire.Tree:
     """Have the MODEL with these patches and no others. request: key; tree, as `patches.as_tree` gives it."""
     loaded = kept(rank, job.request["key"])
     loaded.model = patches.patched(loaded.model, job.request["tree"])
+    return None
+
+
+def encode(rank: Rank, job: Job) -> wire.Tree:
+    """Prompts, one after the other, each told of as soon as it is there.
+
+    request: key; text_encoder: path and precision, as the loader's, and version, of its file: it is read at the first
+    request, and when these change; layer: as the host's CLIP has it; images, of each number and tokens as the host's
+    CLIP.tokenize gives them. Tells {image, encoded: what `text.unpadded` gives}. Raises ValueError as the loader does.
+    """
+    clip = kept(rank, job.request["key"]).text_encoder(job.request["text_encoder"])
+    clip.clip_layer(job.request["layer"])
+    for image in job.request["images"]:
+        job.check()
+        job.tell({"image": image["number"], "encoded": text.unpadded(clip, image["tokens"])})
     return None
 
 
@@ -269,4 +300,5 @@ def kept(rank: Rank, key: str) -> Loaded:
     return rank.models[key]
 
 
-OPERATIONS = {each.__name__: each for each in (load, forget, patch, meet, measure, prompt, evaluate, draw, decode)}
+DUTIES = (load, forget, patch, meet, measure, encode, prompt, evaluate, draw, decode)
+OPERATIONS = {each.__name__: each for each in DUTIES}

@@ -5,8 +5,9 @@ the spans are blank (weight 0) to what they are (weight 1), and beyond. Scaling 
 do nothing: the model's caption embedder begins with an RMS norm, which divides by their length.
 """
 
+import itertools
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +21,7 @@ SPANS = (ONE_CONTEXT, OWN_SEGMENTS)
 ENCODER = "qwen3_4b"
 BLANK = " "
 MOST_LISTED = 12  # of a kind, in a report
+Texts = list[tuple[Hashable, dict]]  # as `text.encode_tokens` takes them
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,24 @@ def encode(clip, prompt: str, spans: str = ONE_CONTEXT, zh_weight: float = 1.0) 
     spans: ONE_CONTEXT: one chat turn for all; OWN_SEGMENTS: one for what is not Chinese and one for each span, their
     states [1, tokens, width] joined along the tokens. Raises ValueError for what cannot be encoded.
     """
+    return encode_all(clip, [prompt], spans, zh_weight)[0]
+
+
+def encode_all(
+    clip, prompts: Sequence[str], spans: str = ONE_CONTEXT, zh_weight: float = 1.0
+) -> list[tuple[list, Report]]:
+    """What `encode` gives for each prompt; all are read before any is encoded, so that ranks can share them out."""
+    wanted, reports = zip(*(_read(clip, prompt, spans, zh_weight) for prompt in prompts), strict=True)
+    texts = [each for parts in wanted for part in parts for each in part]
+    encoded = iter(text.encode_tokens(clip, texts))
+    joined = [
+        _joined([_weighted(itertools.islice(encoded, len(part)), zh_weight) for part in parts]) for parts in wanted
+    ]
+    return list(zip(joined, reports, strict=True))
+
+
+def _read(clip, prompt: str, spans: str, weight: float) -> tuple[list[Texts], Report]:
+    """The texts to be encoded for each part of a prompt, and the report. Raises ValueError."""
     text.check_prompt(prompt)
     said = bilingual.read(prompt)
     text.check_prompt(said.prompt)
@@ -68,10 +88,8 @@ def encode(clip, prompt: str, spans: str = ONE_CONTEXT, zh_weight: float = 1.0) 
     tokens = [clip.tokenize(part) for part, _ in parts]
     count = sum(map(text.token_count, tokens))
     text.check_length(prompt, count)
-    encoded = [
-        _weighted(clip, part, chinese, each, zh_weight) for (part, chinese), each in zip(parts, tokens, strict=True)
-    ]
-    return _joined(encoded), _report(clip, said, parts, tokens, count)
+    wanted = [_texts(clip, part, chinese, each, weight) for (part, chinese), each in zip(parts, tokens, strict=True)]
+    return wanted, _report(clip, said, parts, tokens, count)
 
 
 def _parts(said: Bilingual, spans: str) -> list[tuple[str, tuple[str, ...]]]:
@@ -82,14 +100,21 @@ def _parts(said: Bilingual, spans: str) -> list[tuple[str, tuple[str, ...]]]:
     return [(said.prompt, tuple(each.text for each in said.segments if each.language == CHINESE))]
 
 
-def _weighted(clip, part: str, chinese: Sequence[str], tokens: dict, weight: float) -> list:
-    whole = text.encode_tokens(clip, part, tokens)
+def _texts(clip, part: str, chinese: Sequence[str], tokens: dict, weight: float) -> Texts:
+    """The part as it is and, if its Chinese is weighed, with blanks in its place."""
+    whole = (part, tokens)
     if weight == 1.0 or not chinese:
+        return [whole]
+    return [whole, ((part, chinese), _blanked(clip, tokens, chinese))]
+
+
+def _weighted(encoded: Iterable[list], weight: float) -> list:
+    """Of the conditionings of a part's `_texts`."""
+    whole, *blank = encoded
+    if not blank:
         return whole
-    blank = text.encode_tokens(clip, (part, chinese), _blanked(clip, tokens, chinese))
-    return [
-        [torch.lerp(without, states, weight), extra] for (states, extra), (without, _) in zip(whole, blank, strict=True)
-    ]
+    pairs = zip(whole, *blank, strict=True)
+    return [[torch.lerp(without, states, weight), extra] for (states, extra), (without, _) in pairs]
 
 
 def _blanked(clip, tokens: dict, chinese: Sequence[str]) -> dict:

@@ -1,5 +1,5 @@
-"""Pictures spread over the ranks of a group: whole ones, in order, each as one GPU draws it for its noise, or the rows
-of one evaluation of the denoiser."""
+"""Pictures spread over the ranks of a group: whole ones, in order, each as one GPU draws it for its noise, and their
+prompts before; or the rows of one evaluation of the denoiser."""
 
 import contextlib
 from collections.abc import Callable, Sequence
@@ -43,6 +43,19 @@ def draw(
         return "step" not in told
 
     return _spread(group, "draw", common, images, limit_s, on_told, check, choose)
+
+
+def encode(
+    group: Group,
+    common: dict[str, wire.Tree],
+    prompts: Sequence[dict[str, wire.Tree]],
+    limit_s: float,
+    check: Callable[[], object] | None = None,
+) -> list[wire.Tree]:
+    """What `duties.encode` tells of the tokens of each prompt. common: the rest of its request. Otherwise as `draw`."""
+    images = [{"tokens": tokens} for tokens in prompts]
+    results = _spread(group, "encode", common, images, limit_s, lambda told: True, check, whole)
+    return [told["encoded"] for told in results]
 
 
 def evaluate(

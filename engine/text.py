@@ -1,8 +1,9 @@
 """The text encoder: Qwen3 inside a CLIP, and prompts turned into conditioning without padding."""
 
+import functools
 import logging
 import unicodedata
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from numbers import Real
 from pathlib import Path
 
@@ -28,6 +29,7 @@ from .residency import fits, held
 FULL_WIDTH = 2560
 RECOMMENDED_TOKENS = 512
 EMBEDDINGS = "zimage_embeddings"  # attachment of our CLIP: the last prompts' conditioning
+RANKS = "zimage_encodings"  # attachment, of multi-gpu: what has several prompts encoded by ranks
 KEPT_PROMPTS = 32  # of at most 15 MB each, usually below 1 MB
 MAX_TOKENS = 1504  # the model's first RoPE axis has 1536 places: the padded caption, then the image
 QUANTISED = ("int4", "int4-fp8")  # precisions that hold the text encoder in INT4; fp8 would gain it little
@@ -179,7 +181,7 @@ def encode(clip, text: str) -> list:
     check_prompt(text)
     tokens = clip.tokenize(text)
     check_length(text, token_count(tokens))
-    return encode_tokens(clip, text, tokens)
+    return encode_tokens(clip, [(text, tokens)])[0]
 
 
 def token_count(tokens: dict) -> int:
@@ -203,18 +205,39 @@ def check_length(text: str, count: int) -> None:
         )
 
 
-def encode_tokens(clip, key: Hashable, tokens: dict) -> list:
-    """CONDITIONING without padding for tokens as the host's CLIP.tokenize gives them. key: tells them from others."""
-    return _remembered(clip, key, lambda: [_trim(*pair) for pair in clip.encode_from_tokens_scheduled(tokens)])
+def encode_tokens(clip, wanted: Sequence[tuple[Hashable, dict]]) -> list[list]:
+    """CONDITIONING without padding for each of several tokens as the host's CLIP.tokenize gives them, with a key that
+    tells them from others. Those that are new may be encoded by ranks: raises as `encodings.Encodings` does."""
+    kept, ranks = _remembering(clip), clip.patcher.get_attachment(RANKS)
+    new = {key: tokens for key, tokens in wanted if kept is None or _with_state(clip, key) not in kept}
+    made = {} if ranks is None else ranks(clip, new)
+
+    def compute(key: Hashable, tokens: dict) -> list:
+        return made[key] if key in made else unpadded(clip, tokens)
+
+    return [_remembered(clip, key, functools.partial(compute, key, tokens)) for key, tokens in wanted]
+
+
+def unpadded(clip, tokens: dict) -> list[tuple[torch.Tensor, dict]]:
+    """What the host's CLIP gives for tokens, computed in this process."""
+    return [_trim(*pair) for pair in clip.encode_from_tokens_scheduled(tokens)]
 
 
 def _remembered(clip, key: Hashable, compute: Callable[[], list]) -> list:
-    """What `compute` gives, or gave for this prompt with the same weights and layer; never under hooks."""
-    kept = clip.patcher.get_attachment(EMBEDDINGS)
-    hooked = clip.patcher.forced_hooks or clip.apply_hooks_to_conds or clip.patcher.injections
-    known = (key, clip.patcher.patches_uuid, clip.layer_idx)
-    pairs = compute() if kept is None or hooked else kept.get(known, compute)
+    """What `compute` gives, or gave for this prompt with the same weights and layer."""
+    kept = _remembering(clip)
+    pairs = compute() if kept is None else kept.get(_with_state(clip, key), compute)
     return [[states, dict(extra)] for states, extra in pairs]  # nodes add to the dictionary
+
+
+def _remembering(clip) -> Recent | None:
+    """Where conditioning of prompts is kept; None under hooks, and for a CLIP of another loader."""
+    hooked = clip.patcher.forced_hooks or clip.apply_hooks_to_conds or clip.patcher.injections
+    return None if hooked else clip.patcher.get_attachment(EMBEDDINGS)
+
+
+def _with_state(clip, key: Hashable) -> Hashable:
+    return key, clip.patcher.patches_uuid, clip.layer_idx
 
 
 def _trim(states: torch.Tensor, extra: dict) -> tuple[torch.Tensor, dict]:

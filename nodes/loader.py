@@ -2,7 +2,7 @@
 
 from comfy_api.latest import io
 
-from ..engine import catalogue, devices, multi
+from ..engine import catalogue, devices, encodings, multi
 from ..engine.loading import load
 from ..engine.model import ATTENTIONS, PRECISIONS
 from . import parts, spreading
@@ -84,4 +84,5 @@ class ZImageTurboLoader(io.ComfyNode):
         models = load(files, precision, devices.resolve(device), attention, cache_quantised)
         if many is not None:
             multi.attach(models[0], models[2], many)
+            encodings.attach(models[1], many, files.text_encoder)
         return io.NodeOutput(*models)

@@ -60,7 +60,7 @@ class ZImageTurboTextEncode(io.ComfyNode):
     @classmethod
     def execute(cls, clip, text, one_per_line=False, spans=prompts.ONE_CONTEXT, zh_weight=1.0) -> io.NodeOutput:
         given = prompts.lines(text) if one_per_line else [text]
-        encoded, reports = zip(*(prompts.encode(clip, each, spans, zh_weight) for each in given), strict=True)
+        encoded, reports = zip(*prompts.encode_all(clip, given, spans, zh_weight), strict=True)
         shown = "\n\n".join(map(str, reports))
         progress.show(shown)
         return io.NodeOutput(prompt_batch.gathered(encoded), ui=ui.PreviewText(shown))

@@ -146,8 +146,11 @@ def test_cancel_leaves_the_ranks_well(group, positives):
                   "attention": "auto", "cache": False}, "'no.safetensors' is not there. Put it back"),
         ("load", {"key": "no", "diffusion_model": str(catalogue.DEMO_FOLDER / "transformer"), "vae": None,
                   "precision": "fp8", "attention": "auto", "cache": False}, "precision 'fp8' cannot be used on cpu"),
+        ("encode", {"key": "demo", "text_encoder": {"path": "/nowhere/words.safetensors", "precision": "auto"},
+                    "layer": None, "images": []}, "'words.safetensors' is not there. Put it back"),
     ],
-    ids=["a model that was not loaded", "a file that is not there", "a precision that the device lacks"],
+    ids=["a model that was not loaded", "a file that is not there", "a precision that the device lacks",
+         "a text encoder that is not there"],
 )  # fmt: skip
 def test_wrong_requests(group, operation, request_, words):
     with pytest.raises(Refused) as raised:
@@ -173,6 +176,19 @@ def test_images_that_are_there_when_a_rank_is_killed_are_kept(group, demo, posit
     assert begun.count((0, 1)) == 1, "the first image was there, and is not drawn twice"
     assert begun.count((1, 1)) == 2
     assert "rank 0 (cpu) ended during 'draw'" in group.document()["last_fault"]["what"]
+
+
+def test_prompts_are_encoded_in_order(group, demo, one_thread):
+    """Also by ranks that took others' place, as those of the test before."""
+    prompts = [f"{number} squares in a row" for number in ("three", "seven", "nine", "two", "five")]
+    tokens = [demo[1].tokenize(prompt) for prompt in prompts]
+    file = str(catalogue.resolve("demo", "auto", "auto").text_encoder)
+    request = {"key": "demo", "text_encoder": {"path": file, "precision": "auto"}, "layer": None}
+    there = spread.encode(group, request, tokens, LIMIT)
+    for ((states, extra),), each in zip(there, tokens, strict=True):
+        ((wanted, known),) = text.unpadded(demo[1], each)
+        assert torch.equal(states, wanted) and torch.equal(extra["attention_mask"], known["attention_mask"])
+        assert extra.keys() == known.keys()
 
 
 def test_forgotten_models_are_gone(group, positives):

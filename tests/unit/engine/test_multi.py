@@ -17,7 +17,7 @@ import pytest
 import torch
 
 import nodes as host_nodes
-from zimage_turbo.engine import devices, evaluations, multi, ode, sampling, text
+from zimage_turbo.engine import devices, encodings, evaluations, multi, ode, sampling, text
 from zimage_turbo.engine.group.coordinator import Group
 from zimage_turbo.engine.group.current import current
 from zimage_turbo.engine.group.launch import Hosts, Setup
@@ -30,6 +30,7 @@ from zimage_turbo.tests.comparison import relative_error
 
 PROMPTS = 'a red circle at the top left\na white sign that says "AB"\na small blue star below a green square'
 SIDE, STEPS = 128, 3
+UP = "qwen3_4b.transformer.model.layers.0.mlp.up_proj.weight"
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -128,6 +129,53 @@ def test_adaptive_says_what_each_picture_took(spread, demo):
 def _list(report: str) -> list:
     told = json.loads(report)
     return told if isinstance(told, list) else [told]
+
+
+@pytest.fixture
+def encoded_here(monkeypatch):
+    """The CLIPs for which this process encodes prompts from now on; two new ones are enough for ranks."""
+    monkeypatch.setattr(encodings, "LEAST", 2)
+    clips, unpadded = [], text.unpadded
+    monkeypatch.setattr(text, "unpadded", lambda clip, tokens: clips.append(clip) or unpadded(clip, tokens))
+    return clips
+
+
+def encoded(clip, lines, **options):
+    node = ZImageTurboTextEncode.execute(clip, "\n".join(lines), one_per_line=True, **options)
+    ((states, extra),) = node[0]
+    return states, extra["attention_mask"], node.ui.value
+
+
+@pytest.mark.parametrize("options", [{}, {"spans": "own segments", "zh_weight": 0.6}], ids=["plain", "options"])
+def test_new_prompts_are_encoded_by_ranks(spread, demo, encoded_here, options):
+    """Each as alone in one process, in order; what the node shows is the same."""
+    lines = ("yellow star", "[zh]写着“福”的牌子[/zh]", "orange ring", "yellow star", "left [zh]绿色的圆[/zh]")
+    there, here = (encoded(each[1], lines, **options) for each in (spread, demo))
+    assert set(encoded_here) == {demo[1]}
+    assert torch.equal(there[0], here[0]) and torch.equal(there[1], here[1]) and there[2] == here[2]
+
+
+def test_what_prompts_are_encoded_here(spread, demo, encoded_here, monkeypatch):
+    """One that is new, none that is known, and all of a CLIP that is not as in the file or must move."""
+    lines, clip = ("violet heart", "brown triangle"), spread[1].clone()
+    encoded(clip, lines)
+    encoded(clip, lines)
+    assert encoded_here == []
+    encoded(clip, (*lines, "a third one"))
+    assert encoded_here == [clip]
+    clip.clip_layer(-3)
+    deep = demo[1].clone()
+    deep.clip_layer(-3)
+    assert torch.equal(encoded(clip, lines)[0], encoded(deep, lines)[0])
+    assert encoded_here[1:] == [deep, deep]
+    clip.add_patches({UP: (torch.full((512, 256), 0.1),)}, 1.0)
+    encoded(clip, lines)
+    assert encoded_here[3:] == [clip, clip]
+    short = spread[1].clone()
+    with monkeypatch.context() as patch:  # as where the text encoder has no room beside the diffusion model
+        patch.setattr(short.patcher, "is_dynamic", lambda: True)
+        encoded(short, ("grey arrow", "pink arrow"))
+    assert encoded_here[5:] == [short, short]
 
 
 def test_a_lora_reaches_every_rank_and_leaves(spread, demo):
@@ -313,9 +361,9 @@ def test_interrupt_stops_all_and_the_next_prompt_runs(spread, demo, monkeypatch)
     assert torch.equal(drawn(spread[0], positive)[0]["samples"], one_by_one(demo[0], [positive]))
 
 
-def test_the_group_is_owned_by_model_vae_and_their_clones():
-    """And by nothing else that stays: a group ends when its owners have."""
-    model, _, vae = ZImageTurboLoader.execute("demo", "auto", "auto", "auto", "multi-gpu").args
+def test_the_group_is_owned_by_model_vae_and_their_clones(encoded_here):
+    """And by nothing else that stays, as the CLIP may: a group ends when its owners have."""
+    model, clip, vae = ZImageTurboLoader.execute("demo", "auto", "auto", "auto", "multi-gpu").args
     given = weakref.ref(multi.spread_of(model))
     clone = model.clone()
     del model
@@ -326,6 +374,19 @@ def test_the_group_is_owned_by_model_vae_and_their_clones():
     del vae
     gc.collect()
     assert given() is None
+    encoded(clip, ("white moon", "black moon"))
+    assert encoded_here == [clip, clip]
+
+
+def test_interrupt_stops_ranks_that_encode(spread, encoded_here, monkeypatch):
+    """And what they were at is encoded when it is asked for again."""
+    lines = ("crimson hexagon", "teal pentagon", "maroon octagon")
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 1)
+        with pytest.raises(management.InterruptProcessingException):
+            encoded(spread[1], lines)
+    assert len(encoded(spread[1], lines)[0]) == 3 and current.document()["last_fault"] is None
+    assert encoded_here == []
 
 
 NVLINKED = Topology(tuple(Gpu(index, "", "", None) for index in range(4)), frozenset({(0, 1), (2, 3)}))

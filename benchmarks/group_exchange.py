@@ -27,13 +27,15 @@ def exchange(rank: Rank, job: Job) -> wire.Tree:
     words = -(-given["tokens"] // module.pad_tokens_multiple) * module.pad_tokens_multiple
     rows, columns = (side // module.patch_size for side in given["shape"][-2:])
     table = forward.rotation_table(module, words, rows, columns, device)
-    share = module.joints[tuple(given["members"])].ranks.share(1, words, len(table) - words)
+    joint = module.joints[tuple(given["members"])]
+    share = joint.ranks.share(1, words, len(table) - words)
     total = 0.0
     for blocks, exchanged, angles in zip(
         (module.layers, module.noise_refiner), (share.joint, share.refining), share.angles(table, words), strict=True
     ):
         once = _exchanged(blocks[0].attention, exchanged, angles, dtype)
-        total += len(blocks) * (measured.replay_seconds(once) if device.type == "cuda" else _seconds(once))
+        seconds = measured.replay_seconds(once, joint.least) if device.type == "cuda" else _seconds(once)
+        total += len(blocks) * seconds
     return total
 
 

@@ -20,6 +20,7 @@ from ..kernels.heads import quantise_heads
 from ..kernels.registry import Backend, Choices
 from . import forward
 from .graphs import CAPTURING
+from .rehearsal import rehearse
 from .sequence import FORMS, Form, size_class
 
 # A 1024x1024 picture with a short prompt. Smaller ones take what is best here: measured eagerly they would only show
@@ -69,12 +70,19 @@ def attention_backend(
     return chosen
 
 
-def settle_form(module: NextDiT, compute: forward.Compute, batch: int, words: int, table: torch.Tensor) -> None:
+def settle_form(
+    module: NextDiT,
+    compute: forward.Compute,
+    batch: int,
+    words: int,
+    table: torch.Tensor,
+    least: Callable[[int], int],
+) -> None:
     """Choose how `compute.ranks` exchange sequences of this size: as one block's attention is fastest.
 
-    table: as `forward.denoise` takes it, of `words` caption tokens and the picture's. All ranks call it before they
-    first evaluate a size, outside of a capture, and come to the same choice: a form is as fast as its slowest rank.
-    Sizes of a known order return at once, and so does everything on a processor.
+    table: as `forward.denoise` takes it, of `words` caption tokens and the picture's; least: as `Together.least`. All
+    ranks call it before they first evaluate a size, outside of a capture, and come to the same choice: a form is as
+    fast as its slowest rank. Sizes of a known order return at once, and so does everything on a processor.
     """
     ranks, key = compute.ranks, size_class(batch, len(table))
     if ranks.form or key in ranks.forms or not measured_on(table.device):
@@ -85,24 +93,34 @@ def settle_form(module: NextDiT, compute: forward.Compute, batch: int, words: in
     y = forward.begin(x, block.attention_norm1, None, block.attention.qkv, compute.dtype)
     following = [block.attention.out, block.feed_forward.w1, block.feed_forward.w3, block.feed_forward.w2]
 
-    def seconds(form: Form) -> float:
+    def attend(form: Form) -> object:
         exchange = replace(share.joint, form=form)
-        return replay_seconds(lambda: forward.attend(block.attention, y, angles, compute, {}, following, exchange))
+        return forward.attend(block.attention, y, angles, compute, {}, following, exchange)
 
     with torch.cuda.device_of(table):
-        slowest = ranks.slowest([seconds(form) for form in FORMS])
+        rehearse(lambda: list(map(attend, FORMS)), (), table.device)
+        slowest = ranks.slowest([replay_seconds(functools.partial(attend, form), least) for form in FORMS])
     ranks.forms[key] = FORMS[slowest.index(min(slowest))]
     found = ", ".join(f"{form} {1e6 * time:.0f} µs" for form, time in zip(FORMS, slowest, strict=True))
     logging.info("Z-Image-Turbo: attention of %s tokens by %s ranks: %s.", len(table), ranks.size, found)
 
 
-def replay_seconds(run: Callable[[], object], calls: int = 8, rounds: int = 5) -> float:
-    """GPU seconds of a call without what its launches cost the host: of so many calls in one CUDA graph, the best."""
-    run()  # compiles its kernels, and connects ranks
-    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
-    with CAPTURING, torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
-        for _ in range(calls):
-            run()
+def replay_seconds(run: Callable[[], object], least: Callable[[int], int], calls: int = 8, rounds: int = 5) -> float:
+    """GPU seconds of a call without what its launches cost the host: of so many calls in one CUDA graph, the best.
+
+    Infinity where ranks cannot capture it, one of them or all. least: the least number that any of them gives.
+    """
+    run()  # connects ranks
+    graph, stream, captured = torch.cuda.CUDAGraph(), torch.cuda.Stream(), True
+    try:
+        with CAPTURING, torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+            for _ in range(calls):
+                run()
+    except RuntimeError as error:
+        logging.warning("Z-Image-Turbo: no CUDA graph of an exchange: %s", str(error).partition("\n")[0])
+        captured = False
+    if not least(captured):
+        return math.inf
     times = []
     for _ in range(rounds):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))

@@ -9,7 +9,7 @@ alone, as it does in whatever a CUDA graph can capture.
 import contextvars
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from typing import Any
 
@@ -50,22 +50,26 @@ class Rehearsal:
 
 
 def rehearsed(function: Callable[..., torch.Tensor], device: torch.device) -> Callable[..., torch.Tensor]:
-    """`function`, which compiles all that it needs before it does its work; itself where there is nothing to compile.
+    """`function`, which compiles all that it needs before it does its work, for the first call on a device.
 
-    For the first call on a device; the call raises what compiling raised.
+    The call raises what compiling raised.
     """
-    triton = knobs() if device.type == "cuda" else None
-    if triton is None:
-        return function
 
     def run(*inputs: torch.Tensor) -> torch.Tensor:
-        _rehearse(triton, function, inputs, device)
+        rehearse(function, inputs, device)
         return function(*inputs)
 
     return run
 
 
-def _rehearse(triton: Any, function: Callable[..., torch.Tensor], inputs: tuple, device: torch.device) -> None:
+def rehearse(function: Callable[..., object], inputs: Sequence[torch.Tensor], device: torch.device) -> None:
+    """Compile all that function(*inputs) needs on a device, which it is not called for if there is nothing to compile.
+
+    Raises what compiling raised.
+    """
+    triton = knobs() if device.type == "cuda" else None
+    if triton is None:
+        return
     with ThreadPoolExecutor(min(MOST_THREADS, os.cpu_count() or 1), "compile") as threads:
         before = triton.runtime.jit_cache_hook
         rehearsal = triton.runtime.jit_cache_hook = Rehearsal(threads, device, before)

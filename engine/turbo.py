@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import weakref
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import comfy.ldm.common_dit
 import comfy.model_management as management
@@ -18,7 +18,7 @@ from . import forward, layouts, prompt_batch, rows
 from .graphs import Graphs
 from .measured import attention_backend, settle_form
 from .recent import Recent
-from .rehearsal import rehearsed
+from .rehearsal import rehearse, rehearsed
 from .residency import resident_weights
 from .sequence import Ranks
 from .shortage import by_halves, spares_a_graph, with_room
@@ -123,7 +123,8 @@ class TurboNextDiT(NextDiT):
         compute = self.compute(x)
         denoise = functools.partial(forward.denoise, self, compute)
         if compute.ranks:
-            settle_form(self, compute, len(x), caption.shape[1], table)
+            self.joint.prepare(denoise, inputs)
+            settle_form(self, compute, len(x), caption.shape[1], table, self.joint.least)
         elif weights is not None:
             management.throw_exception_if_processing_interrupted()  # a replay asks no layer
         # Where another rank's weights lie, only it knows: ranks that compute together ask each other.
@@ -132,14 +133,12 @@ class TurboNextDiT(NextDiT):
             if result is not None:
                 self.forwards[REPLAYED] += 1
                 return result
-        alone = functools.partial(forward.denoise, self, dataclasses.replace(compute, ranks=None))
-        first = rehearsed(alone, x.device) if not self.forwards[FAST] else None
+        first = not self.forwards[FAST]
         self.forwards[FAST] += 1
         if compute.ranks:  # which would wait for what this one does more than once, or not at all
-            if first:
-                first(*inputs)
             return denoise(*inputs)
-        return with_room(first or denoise, *inputs, frugal=functools.partial(self._frugal, compute))
+        run = rehearsed(denoise, x.device) if first else denoise
+        return with_room(run, *inputs, frugal=functools.partial(self._frugal, compute))
 
     def _frugal(self, compute: forward.Compute, *inputs: torch.Tensor) -> torch.Tensor:
         *batches, table = inputs
@@ -152,7 +151,15 @@ class Joint:
     which their exchange is captured. least: as `Graphs` takes it."""
 
     def __init__(self, ranks: Ranks, least: Callable[[int], int]):
-        self.ranks, self.graphs = ranks, Graphs(MAX_GRAPHS, spares_a_graph, least)
+        self.ranks, self.least, self.graphs = ranks, least, Graphs(MAX_GRAPHS, spares_a_graph, least)
+        self.prepared = False
+
+    def prepare(self, function: Callable[..., torch.Tensor], inputs: Sequence[torch.Tensor]) -> None:
+        """Before the first request: compile what function(*inputs) needs, for as many rows as each of the ranks has.
+        What they exchange in this rehearsal is garbage, but all do so at once."""
+        if not self.prepared:
+            rehearse(function, inputs, self.ranks.device)
+            self.prepared = True
 
 
 def free_memory(patcher, unpatch_all: bool) -> None:

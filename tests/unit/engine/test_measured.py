@@ -77,10 +77,10 @@ def settle(monkeypatch, ranks, own):
     """What is measured while a form is settled twice for one size, and once for twice as many tokens."""
     module, asked = together.odd_module(), []
     monkeypatch.setattr(measured, "measured_on", lambda device: True)
-    monkeypatch.setattr(measured, "replay_seconds", lambda run: asked.append(run) or own[len(asked) % len(own) - 1])
+    monkeypatch.setattr(measured, "replay_seconds", lambda run, _: asked.append(run) or own[len(asked) % len(own) - 1])
     compute = forward.Compute(torch.float32, ranks=ranks)
     for rows in (8, 8, 16):
-        measured.settle_form(module, compute, 1, 5, forward.rotation_table(module, 5, rows, 8, CPU))
+        measured.settle_form(module, compute, 1, 5, forward.rotation_table(module, 5, rows, 8, CPU), int)
     return len(asked)
 
 

@@ -97,8 +97,10 @@ def test_errors_come_up_and_leave_nothing_behind(hooks):
     assert hooks.jit_cache_hook is before
 
 
-def test_nothing_to_compile(hooks, monkeypatch):
-    function = torch.zeros_like
-    assert rehearsal.rehearsed(function, torch.device("cpu")) is function
-    monkeypatch.setattr(rehearsal, "knobs", lambda: None)  # no Triton, or one before 3.4
-    assert rehearsal.rehearsed(function, CUDA) is function
+@pytest.mark.parametrize(("device", "triton"), [("cpu", "there"), ("cuda", None)], ids=["cpu", "an older Triton"])
+def test_nothing_to_compile(monkeypatch, device, triton):
+    """No Triton, or one before 3.4, is as none; then it is called once, in earnest."""
+    calls = []
+    monkeypatch.setattr(rehearsal, "knobs", lambda: triton)
+    rehearsal.rehearsed(calls.append, torch.device(device))(1)
+    assert calls == [1]

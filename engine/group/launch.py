@@ -187,9 +187,11 @@ def environment(setup: Setup, token: str, report_to: str, probe: Reference | Non
         TOKEN: token,
         "ZIMAGE_COMFYUI": comfyui(),
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS") or str(max(1, _cores() // len(setup.devices))),
-        # On a processor each size of picture leaves small pieces there that keep the C library from giving memory back:
-        # ranks grew to twice their size. Without it pictures take a few per cent longer to decode.
+        # On a processor each size of picture leaves small pieces there, and in a heap of every thread, that keep the C
+        # library from giving memory back: ranks grew to twice their size. Without the first pictures take a few per
+        # cent longer to decode.
         "ONEDNN_PRIMITIVE_CACHE_CAPACITY": os.environ.get("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "0"),
+        "MALLOC_ARENA_MAX": os.environ.get("MALLOC_ARENA_MAX", "1"),
     }
 
 

@@ -18,6 +18,7 @@ from .group import wire
 from .group.jobs import Cancelled, Job
 from .group.worker import Rank
 from .model import load_model
+from .pace import Pace
 from .together import Together
 from .turbo import Joint
 from .vae import load_vae
@@ -220,16 +221,16 @@ def _seconds(function: Callable[[], object], device: torch.device) -> float:
 def draw(rank: Rank, job: Job) -> wire.Tree:
     """Whole runs of the sampler, one picture after the other, each told of as soon as it is there.
 
-    request: key; images, of each number, noise and latent [1, 16, h, w] as the guider takes them, mask (or None), seed
-    and positive, a CONDITIONING; sigmas [steps + 1], solver, tolerance; previews: whether clean latents are told of at
-    each step; ranks: the numbers of those that are asked the same, and compute it together, or None. Tells {image,
-    step, steps, preview}, and of each result {image, latent [1, 16, h, w], report}; of several ranks the first does.
-    Cancelled between steps, by all of them at once.
+    request: key; images, of each number, noise and latent [1, 16, h, w] as the guider takes them (latent None: zeros),
+    mask (or None), seed and positive, a CONDITIONING; sigmas [steps + 1], solver, tolerance; previews: whether clean
+    latents are told of at each step; ranks: the numbers of those that are asked the same, and compute it together, or
+    None. Tells {image, step, steps, preview}, and of each result {image, latent [1, 16, h, w], report}; of several
+    ranks the first does. Cancelled between steps, by all of them at once.
     """
     loaded, together = kept(rank, job.request["key"]), _together(rank, job.request["ranks"])
     with loaded.joined(together):
         for image in job.request["images"]:
-            latent, report = _drawn(loaded.model, image, job, together)
+            latent, report = _drawn(loaded.model, image, job, together, Pace(rank.device, rank.limit))
             if together is None or together.leads:
                 job.tell({"image": image["number"], "latent": latent, "report": report.as_dict()})
     return None
@@ -243,7 +244,7 @@ def _together(rank: Rank, numbers: list[int] | None) -> Together | None:
     return rank.together[tuple(numbers)]
 
 
-def _drawn(model, image: dict, job: Job, together: Together | None) -> tuple[torch.Tensor, Any]:
+def _drawn(model, image: dict, job: Job, together: Together | None, pace: Pace) -> tuple[torch.Tensor, Any]:
     given = job.request
 
     def check() -> None:
@@ -253,19 +254,21 @@ def _drawn(model, image: dict, job: Job, together: Together | None) -> tuple[tor
             raise Cancelled
 
     def on_step(step: int, clean: torch.Tensor, x: torch.Tensor, steps: int) -> None:
+        pace.step()
         check()
         if together is None or together.leads:
             preview = clean if given["previews"] else None
             job.tell({"image": image["number"], "step": step + 1, "steps": steps, "preview": preview})
 
     check()
+    latent = torch.zeros_like(image["noise"]) if image["latent"] is None else image["latent"]
     reports = []
     guider = comfy.samplers.CFGGuider(model)
     guider.inner_set_conds({"positive": image["positive"]})
     guider.set_cfg(1.0)
     latent = guider.sample(
         image["noise"],
-        image["latent"].to(model.load_device),
+        latent.to(model.load_device),
         sampling.sampler(given["solver"], given["tolerance"], reports.append),
         given["sigmas"],
         denoise_mask=image["mask"],
@@ -273,6 +276,7 @@ def _drawn(model, image: dict, job: Job, together: Together | None) -> tuple[tor
         disable_pbar=True,
         seed=image["seed"],
     )
+    pace.wait()
     return latent.to(management.intermediate_device()), reports[-1]
 
 

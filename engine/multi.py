@@ -273,10 +273,10 @@ def sample(
     group = given.group()
     _have_patches(group, given.key, model)
     prompts, count = prompt_batch.split(positive), len(start)
-    masks = _masks(mask, count)
+    masks, latents = _masks(mask, count), start.cpu().split(1) if start.any() else [None] * count
     pictures = [
         {
-            "noise": noise[row : row + 1], "latent": start[row : row + 1].cpu(), "mask": masks[row], "seed": seed,
+            "noise": noise[row : row + 1], "latent": latents[row], "mask": masks[row], "seed": seed,
             "positive": prompts[row % len(prompts)],
         }
         for row in range(count)

@@ -49,8 +49,18 @@ class _File:
 class Parcel(_File):
     """Tensors that other processes are to read. A process that writes to one changes its own copy alone."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.known: dict[int, tuple[torch.Tensor, Reference]] = {}  # by identity, which a tensor that is kept has alone
+
     def put(self, tensor: torch.Tensor) -> Reference:
-        """Add a contiguous tensor in main memory. Raises OSError when there is no memory left."""
+        """Add a tensor, if it is not there, as a prompt is that several pictures have. Raises OSError when there is no
+        memory left."""
+        if id(tensor) not in self.known:
+            self.known[id(tensor)] = tensor, self._added(tensor.detach().cpu().contiguous())
+        return self.known[id(tensor)][1]
+
+    def _added(self, tensor: torch.Tensor) -> Reference:
         start = -(-self.file.seek(0, os.SEEK_END) // _ALIGNED) * _ALIGNED
         self.file.seek(start)
         self.file.write(tensor.reshape(-1).view(torch.uint8).numpy().data)

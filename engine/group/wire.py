@@ -106,10 +106,9 @@ class _Packer:
     def _reference(self, value: torch.Tensor, place: str) -> Tree:
         if value.dtype not in DTYPES:
             raise Unsendable(f"{place} is a tensor of {value.dtype}; those that can be sent are {', '.join(_names())}.")
-        tensor = value.detach().cpu().contiguous()
-        if self.parcel is not None and tensor.nbytes >= LARGE:
-            return {_SHARED: dataclasses.asdict(self.parcel.put(tensor))}
-        self.tensors.append(tensor)
+        if self.parcel is not None and value.nbytes >= LARGE:
+            return {_SHARED: dataclasses.asdict(self.parcel.put(value))}
+        self.tensors.append(value.detach().cpu().contiguous())
         return {_TENSOR: str(len(self.tensors) - 1)}
 
 

@@ -31,6 +31,12 @@ def test_a_parcel_holds_tensors_to_the_bit(dtype):
         assert one.dtype == other.dtype and torch.equal(one.view(torch.uint8), other.view(torch.uint8))
 
 
+def test_a_parcel_holds_a_tensor_once_that_is_put_twice():
+    parcel, (one, other) = Parcel(), torch.ones(2, 4)
+    assert parcel.put(one) == parcel.put(one) != parcel.put(other)
+    parcel.close()
+
+
 def test_who_reads_a_parcel_cannot_change_it():
     parcel = Parcel()
     reference = parcel.put(torch.ones(4))

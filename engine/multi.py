@@ -31,6 +31,7 @@ from .group.coordinator import Group
 from .group.current import current
 from .group.launch import Hosts, Setup
 from .refusal import common_refusal
+from .sequence import size_class
 
 ATTACHMENT = "zimage_multi_gpu"
 MODEL, PATCHES, MEETING = "model", "patches", "meeting"  # what ranks that take others' place are told again
@@ -60,7 +61,8 @@ def options() -> tuple[str, ...]:
 class Spread:
     """What ranks load, which ranks, and how they share work: an attachment of a MODEL and all its clones.
 
-    split: of `plan.SPLITS`. seconds: of an evaluation by how many ranks compute it, by the latent's height and width.
+    split: of `plan.SPLITS`. seconds: of an evaluation by how many ranks compute it, by the class of a picture's size,
+    with the size that was measured.
     """
 
     setup: Setup
@@ -69,7 +71,7 @@ class Spread:
     precision: str
     attention: str
     split: str
-    seconds: dict[tuple[int, ...], dict[int, float]] = field(default_factory=dict, compare=False)
+    seconds: dict[tuple[int, int], tuple[str, dict[int, float]]] = field(default_factory=dict, compare=False)
 
     @classmethod
     def of(cls, parts: Parts, precision: str, attention: str, num_gpus: int = 0, split: str = plan.AUTO) -> "Spread":
@@ -99,6 +101,8 @@ class Spread:
     def choice(self, group: Group, latent: torch.Size, tokens: int) -> spread.Choose:
         """Which ranks draw which pictures of this size, [.., h, w]; those that are to draw together meet first."""
         islands = _islands(group)
+        if self.split == plan.SEQUENCE and max(map(len, islands)) == 1:  # not linked, but it is asked for
+            islands = [list(own) for own in _machines(group).values()]
         largest = max(map(len, islands))
         # Others would leave GPUs without work; each takes time to meet and to measure, and memory for its graphs.
         sizes = [size for size in range(2, largest + 1) if largest % size == 0 and self.split != plan.IMAGES]
@@ -110,13 +114,14 @@ class Spread:
             request = {"islands": islands, "size": size}
             if group.kept(f"{MEETING} {size}") != request:
                 group.keep(f"{MEETING} {size}", "meet", request, LOAD_LIMIT, check=_interrupted)
-        if sizes and self.split == plan.AUTO and latent[-2:] not in self.seconds:
-            self.seconds[latent[-2:]] = self._measured(group, [1, *sizes], islands, latent, tokens)
-        seconds = self.seconds.get(latent[-2:])
+        alike = size_class(1, latent[-2:].numel())
+        if sizes and self.split == plan.AUTO and alike not in self.seconds:
+            self.seconds[alike] = _size(latent), self._measured(group, [1, *sizes], islands, latent, tokens)
+        _, seconds = self.seconds.get(alike, (None, None))
         if self.seconds:
             group.about["seconds_an_evaluation"] = {
-                _size(each): {str(ranks): round(own, 5) for ranks, own in found.items()}
-                for each, found in self.seconds.items()
+                size: {str(ranks): round(own, 5) for ranks, own in found.items()}
+                for size, found in self.seconds.values()
             }
 
         def choose(images: int, ranks: int) -> plan.Plan:
@@ -144,9 +149,7 @@ class Spread:
 def _islands(group: Group) -> list[list[int]]:
     """The numbers of ranks that fast links join: of this machine's GPUs by NVLink, of its processor all, and all of
     another machine, as what links them is not known here."""
-    machines: dict[str, dict[int, str]] = {}
-    for number, (machine, device) in group.places().items():
-        machines.setdefault(machine, {})[number] = device
+    machines = _machines(group)
     own = machines.pop(group.setup.address)
     others = [list(ranks) for ranks in machines.values()]
     if devices.CPU in own.values():
@@ -154,6 +157,14 @@ def _islands(group: Group) -> list[list[int]]:
     numbers = {int(device.removeprefix("cuda:")): number for number, device in own.items()}
     linked = [[numbers[index] for index in island if index in numbers] for island in topology.read().islands()]
     return [island for island in (*linked, *others) if island]
+
+
+def _machines(group: Group) -> dict[str, dict[int, str]]:
+    """The device of each rank by its number, by the address of its machine."""
+    machines: dict[str, dict[int, str]] = {}
+    for number, (machine, device) in group.places().items():
+        machines.setdefault(machine, {})[number] = device
+    return machines
 
 
 def _size(latent: torch.Size) -> str:

@@ -1,6 +1,7 @@
 """How a machine's GPUs are linked, as its driver says: which pairs by NVLink, and at which processor each lies."""
 
 import functools
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -77,9 +78,16 @@ def _listed(indices: Sequence[int]) -> str:
 
 @functools.cache
 def read() -> Topology:
-    """Of the GPUs that CUDA shows to this process, in its order. Raises pynvml.NVMLError."""
-    count = torch.cuda.device_count()
-    return described_by_driver([f"GPU-{torch.cuda.get_device_properties(index).uuid}" for index in range(count)])
+    """Of the GPUs that CUDA shows to this process, in its order; without links where the driver says nothing of them,
+    as of a part of a GPU (MIG), and in containers that lack its library."""
+    found = list(map(torch.cuda.get_device_properties, range(torch.cuda.device_count())))
+    uuids = [f"GPU-{each.uuid}" for each in found]
+    try:
+        return described_by_driver(uuids)
+    except pynvml.NVMLError as error:
+        logging.warning("Z-Image-Turbo: the driver does not say how GPUs are linked: %s", error)
+        named = zip(uuids, found, strict=True)
+        return Topology(tuple(Gpu(index, uuid, each.name, None) for index, (uuid, each) in enumerate(named)))
 
 
 def described_by_driver(uuids: Sequence[str]) -> Topology:

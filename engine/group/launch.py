@@ -99,7 +99,7 @@ class Processes:
         return self._agent.poll()
 
     def end(self, ranks: list[psutil.Process]) -> None:
-        """End torchrun and all ranks, by SIGKILL what is left after GRACE_SECONDS. ranks: those on this machine.
+        """End torchrun and all ranks, which have nothing to put in order, by SIGKILL. ranks: those on this machine.
 
         Waits for them; no longer than UNKILLABLE_SECONDS for those that a driver holds even then.
         """
@@ -107,7 +107,6 @@ class Processes:
         if self.exit_code() is None:
             left |= set(psutil.Process(self._agent.pid).children(recursive=True))
             self._agent.terminate()
-        left = _still_there(left, GRACE_SECONDS)
         for process in left:  # before torchrun, which can then reap them: not every machine has somebody else who does
             with contextlib.suppress(psutil.NoSuchProcess):  # ended meanwhile
                 process.kill()

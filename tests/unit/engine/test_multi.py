@@ -409,6 +409,16 @@ def test_islands_are_of_the_ranks_that_there_are(monkeypatch, places, islands):
     assert sorted(multi._islands(group)) == sorted(islands)
 
 
+def test_gpus_without_links_draw_together_where_that_is_asked_for(monkeypatch):
+    monkeypatch.setattr(multi.topology, "read", lambda: Topology(NVLINKED.gpus))
+    places = {number: ("here", f"cuda:{number}") for number in range(4)}
+    group = SimpleNamespace(setup=SimpleNamespace(address="here"), places=lambda: places, kept=lambda key: None)
+    group.keep, group.about = lambda *_, **__: None, {}
+    for split, drawn_by in (("sequence", ((0, 1, 2, 3),)), ("auto", ((0,),))):
+        given = multi.Spread(Setup(("cuda:0",) * 4), Path(), Path(), "auto", "auto", split)
+        assert given.choice(group, torch.Size((1, 16, 8, 8)), 20)(1, 4).groups == drawn_by
+
+
 def test_several_machines_as_the_environment_says(monkeypatch):
     for name, value in (("HOSTS", "2"), ("ADDRESS", "10.0.0.1"), ("TOKEN", "known to both")):
         monkeypatch.setenv(f"ZIMAGE_GROUP_{name}", value)

@@ -1,6 +1,7 @@
 """Islands of GPUs that NVLink joins."""
 
 import itertools
+import types
 
 import pytest
 import torch
@@ -83,3 +84,19 @@ def test_what_the_driver_says():
     found = topology.read()
     assert [gpu.index for gpu in found.gpus] == list(range(torch.cuda.device_count()))
     assert found.nvlink <= set(itertools.combinations(range(len(found.gpus)), 2))
+
+
+def test_a_driver_that_says_nothing(monkeypatch, caplog):
+    """GPUs are there, and work, without it."""
+
+    def silent(uuids):
+        raise topology.pynvml.NVMLError(topology.pynvml.NVML_ERROR_LIBRARY_NOT_FOUND)
+
+    monkeypatch.setattr(topology, "described_by_driver", silent)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda index: types.SimpleNamespace(uuid=index, name="a GPU")
+    )
+    found = topology.read.__wrapped__()
+    assert found.gpus == gpus(2) and found.islands() == ((0,), (1,))
+    assert "the driver does not say how GPUs are linked" in caplog.text

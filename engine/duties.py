@@ -12,7 +12,7 @@ import comfy.model_management as management
 import comfy.samplers
 import torch
 
-from . import patches, plan, prompt_batch, sampling, text
+from . import ode, patches, plan, prompt_batch, sampling, text
 from .graphs import WARM_UP
 from .group import wire
 from .group.jobs import Cancelled, Job
@@ -230,7 +230,8 @@ def draw(rank: Rank, job: Job) -> wire.Tree:
     loaded, together = kept(rank, job.request["key"]), _together(rank, job.request["ranks"])
     with loaded.joined(together):
         for image in job.request["images"]:
-            latent, report = _drawn(loaded.model, image, job, together, Pace(rank.device, rank.limit))
+            pace = Pace(rank.device, rank.limit if together else None)
+            latent, report = _drawn(loaded.model, image, job, together, pace)
             if together is None or together.leads:
                 job.tell({"image": image["number"], "latent": latent, "report": report.as_dict()})
     return None
@@ -255,6 +256,8 @@ def _drawn(model, image: dict, job: Job, together: Together | None, pace: Pace) 
 
     def on_step(step: int, clean: torch.Tensor, x: torch.Tensor, steps: int) -> None:
         pace.step()
+        if given["previews"] or given["solver"] != ode.OFFICIAL or step + 1 == steps:
+            pace.wait()  # what follows waits for the GPU, and knows no limit
         check()
         if together is None or together.leads:
             preview = clean if given["previews"] else None
@@ -276,7 +279,6 @@ def _drawn(model, image: dict, job: Job, together: Together | None, pace: Pace) 
         disable_pbar=True,
         seed=image["seed"],
     )
-    pace.wait()
     return latent.to(management.intermediate_device()), reports[-1]
 
 

@@ -2,7 +2,7 @@
 
 Each is encoded by itself, as one process does it. A rank reads the text encoder with the first prompt that it is given
 and keeps it beside its models: of Qwen3-4B 8 GB of its GPU as stored in bf16, 2.8 GB in INT4. Ranks that take others'
-place read it when they are given prompts, not before: what they were started for are pictures.
+place read it with the next prompts, not before: what they were started for are pictures.
 """
 
 import weakref
@@ -16,7 +16,7 @@ import torch
 from . import cache_file, spread, text
 from .multi import LOAD_LIMIT, PICTURE_LIMIT, Spread
 
-LEAST = 8  # new prompts: each takes 5 ms on an H100, a request 2 to 3 ms, but reading the text encoder seconds, once
+LEAST = 16  # new texts: each takes 5 ms on an H100, a request 2 to 3 ms, but reading the text encoder seconds, once
 COMPUTED_IN = {"manual_cast_dtype"}  # the object patch of every CLIP, made by the host
 
 
@@ -24,11 +24,13 @@ COMPUTED_IN = {"manual_cast_dtype"}  # the object patch of every CLIP, made by t
 class Encodings:
     """An attachment of a CLIP of the loader and its clones.
 
-    spread: that of the MODEL and the VAE. It is theirs: with them the ranks go, and prompts are encoded here.
+    spread: that of the MODEL and the VAE. It is theirs: with them the ranks go, and prompts are encoded here. version:
+    of the file when it was read here; ranks could only read another one.
     """
 
     spread: weakref.ref[Spread]
     text_encoder: Path
+    version: str
 
     def __call__(self, clip, new: dict[Hashable, dict]) -> dict[Hashable, list[tuple[torch.Tensor, dict]]]:
         """What `text.unpadded` gives for each of the tokens; nothing where this process is to encode them.
@@ -38,7 +40,9 @@ class Encodings:
         given = self.spread()
         if given is None or len(new) < LEAST or not _as_loaded(clip) or not _has_room(clip, given):
             return {}
-        wanted = {"path": str(self.text_encoder), "version": cache_file.source_of(self.text_encoder)}
+        if not self.text_encoder.exists() or cache_file.source_of(self.text_encoder) != self.version:
+            return {}
+        wanted = {"path": str(self.text_encoder), "version": self.version}
         request = {"key": given.key, "layer": clip.layer_idx, "text_encoder": wanted | {"precision": given.precision}}
         limit = LOAD_LIMIT + PICTURE_LIMIT * len(new)
         check = management.throw_exception_if_processing_interrupted
@@ -48,7 +52,8 @@ class Encodings:
 
 def attach(clip, given: Spread, text_encoder: Path) -> None:
     """Have several prompts for a CLIP of the loader encoded by ranks."""
-    clip.patcher.set_attachments(text.RANKS, Encodings(weakref.ref(given), text_encoder))
+    version = cache_file.source_of(text_encoder)
+    clip.patcher.set_attachments(text.RANKS, Encodings(weakref.ref(given), text_encoder, version))
 
 
 def _as_loaded(clip) -> bool:

@@ -100,9 +100,7 @@ class Spread:
 
     def choice(self, group: Group, latent: torch.Size, tokens: int) -> spread.Choose:
         """Which ranks draw which pictures of this size, [.., h, w]; those that are to draw together meet first."""
-        islands = _islands(group)
-        if self.split == plan.SEQUENCE and max(map(len, islands)) == 1:  # not linked, but it is asked for
-            islands = [list(own) for own in _machines(group).values()]
+        islands = _islands(group, self.split == plan.SEQUENCE)
         largest = max(map(len, islands))
         # Others would leave GPUs without work; each takes time to meet and to measure, and memory for its graphs.
         sizes = [size for size in range(2, largest + 1) if largest % size == 0 and self.split != plan.IMAGES]
@@ -139,32 +137,29 @@ class Spread:
         self, group: Group, sizes: list[int], islands: list[list[int]], latent: torch.Size, tokens: int
     ) -> dict[int, float]:
         """Seconds of the slowest rank."""
-        progress.tell("multi-gpu: measuring by how many GPUs a picture of this size is drawn fastest")
+        progress.tell("multi-gpu: measuring by how many GPUs pictures of about this size are drawn fastest")
         request = {"key": self.key, "sizes": sizes, "islands": islands, "shape": [1, *latent[1:]], "tokens": tokens}
         told = group.call("measure", lambda ranks: dict.fromkeys(range(ranks), request), LOAD_LIMIT, check=_interrupted)
         found = {size: [own[str(size)] for own in told.values() if str(size) in own] for size in sizes}
         return {size: max(seconds) for size, seconds in found.items() if seconds}
 
 
-def _islands(group: Group) -> list[list[int]]:
+def _islands(group: Group, asked: bool = False) -> list[list[int]]:
     """The numbers of ranks that fast links join: of this machine's GPUs by NVLink, of its processor all, and all of
-    another machine, as what links them is not known here."""
-    machines = _machines(group)
+    another machine, as what links them is not known here. asked: to have them draw together, also without NVLink."""
+    machines: dict[str, dict[int, str]] = {}
+    for number, (machine, device) in group.places().items():
+        machines.setdefault(machine, {})[number] = device
     own = machines.pop(group.setup.address)
     others = [list(ranks) for ranks in machines.values()]
     if devices.CPU in own.values():
         return [list(own), *others]
     numbers = {int(device.removeprefix("cuda:")): number for number, device in own.items()}
     linked = [[numbers[index] for index in island if index in numbers] for island in topology.read().islands()]
-    return [island for island in (*linked, *others) if island]
-
-
-def _machines(group: Group) -> dict[str, dict[int, str]]:
-    """The device of each rank by its number, by the address of its machine."""
-    machines: dict[str, dict[int, str]] = {}
-    for number, (machine, device) in group.places().items():
-        machines.setdefault(machine, {})[number] = device
-    return machines
+    linked = [island for island in linked if island]
+    if asked and max(map(len, linked), default=1) == 1:
+        linked = [list(own)]
+    return [*linked, *others]
 
 
 def _size(latent: torch.Size) -> str:

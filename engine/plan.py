@@ -56,7 +56,7 @@ def choose(
     size = min(times, key=lambda each: (times[each], each))
     if size == 1:
         return _plan(images, islands, 1, f"{_count(images, 'image')} whole: no split was measured to be faster")
-    took = f"{1000 * times[size]:.0f} ms a step, {1000 * times[1]:.0f} ms for whole images"
+    took = f"{1000 * times[size]:.0f} ms for a step of all, {1000 * times[1]:.0f} ms with whole images"
     reason = f"each image split over {size} ranks: {took}"
     return _plan(images, islands, size, reason)
 

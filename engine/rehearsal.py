@@ -63,10 +63,8 @@ def rehearsed(function: Callable[..., torch.Tensor], device: torch.device) -> Ca
 
 
 def rehearse(function: Callable[..., object], inputs: Sequence[torch.Tensor], device: torch.device) -> None:
-    """Compile all that function(*inputs) needs on a device, which it is not called for if there is nothing to compile.
-
-    Raises what compiling raised.
-    """
+    """Compile the kernels that function(*inputs) needs. Does not call it where nothing is to be compiled. Raises what
+    compiling raised."""
     triton = knobs() if device.type == "cuda" else None
     if triton is None:
         return

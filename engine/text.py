@@ -215,7 +215,10 @@ def encode_tokens(clip, wanted: Sequence[tuple[Hashable, dict]]) -> list[list]:
     def compute(key: Hashable, tokens: dict) -> list:
         return made[key] if key in made else unpadded(clip, tokens)
 
-    return [_remembered(clip, key, functools.partial(compute, key, tokens)) for key, tokens in wanted]
+    # What is known first: what is stored can push it out.
+    order = sorted(range(len(wanted)), key=lambda place: wanted[place][0] in new)
+    found = {place: _remembered(clip, wanted[place][0], functools.partial(compute, *wanted[place])) for place in order}
+    return [found[place] for place in range(len(wanted))]
 
 
 def unpadded(clip, tokens: dict) -> list[tuple[torch.Tensor, dict]]:

@@ -23,7 +23,8 @@ def inputs() -> list[io.Input]:
             default=plan.AUTO,
             optional=True,
             advanced=True,
-            tooltip="With multi-gpu: images: every picture is drawn by one GPU. sequence: all GPUs that are linked "
-            "draw each picture together. auto: what is faster, as measured once for a size.",
+            tooltip="With multi-gpu: images: every picture is drawn by one GPU. sequence: all GPUs that "
+            "NVLink joins, or without it all, draw each picture together. auto: what is faster, as measured once for "
+            "sizes alike.",
         ),
     ]

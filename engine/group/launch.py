@@ -99,7 +99,7 @@ class Processes:
         return self._agent.poll()
 
     def end(self, ranks: list[psutil.Process]) -> None:
-        """End torchrun and all ranks, which have nothing to put in order, by SIGKILL. ranks: those on this machine.
+        """End torchrun, and by SIGKILL all ranks, which have nothing to put in order. ranks: those on this machine.
 
         Waits for them; no longer than UNKILLABLE_SECONDS for those that a driver holds even then.
         """
@@ -186,9 +186,8 @@ def environment(setup: Setup, token: str, report_to: str, probe: Reference | Non
         TOKEN: token,
         "ZIMAGE_COMFYUI": comfyui(),
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS") or str(max(1, _cores() // len(setup.devices))),
-        # On a processor each size of picture leaves small pieces there, and in a heap of every thread, that keep the C
-        # library from giving memory back: ranks grew to twice their size. Without the first pictures take a few per
-        # cent longer to decode.
+        # oneDNN keeps something for every size of picture, and glibc a heap for every thread: both kept ranks on a
+        # processor from giving memory back, up to twice their size. Decoding takes a few per cent longer so.
         "ONEDNN_PRIMITIVE_CACHE_CAPACITY": os.environ.get("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "0"),
         "MALLOC_ARENA_MAX": os.environ.get("MALLOC_ARENA_MAX", "1"),
     }

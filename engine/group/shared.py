@@ -51,14 +51,20 @@ class Parcel(_File):
 
     def __init__(self) -> None:
         super().__init__()
-        self.known: dict[int, tuple[torch.Tensor, Reference]] = {}  # by identity, which a tensor that is kept has alone
+        self._known: dict[int, tuple[torch.Tensor, Reference]] = {}  # by identity, which a kept tensor has alone
 
     def put(self, tensor: torch.Tensor) -> Reference:
-        """Add a tensor, if it is not there, as a prompt is that several pictures have. Raises OSError when there is no
-        memory left."""
-        if id(tensor) not in self.known:
-            self.known[id(tensor)] = tensor, self._added(tensor.detach().cpu().contiguous())
-        return self.known[id(tensor)][1]
+        """Add a tensor and say where it lies; the same one is added once, as a prompt that several pictures have.
+
+        Raises OSError when there is no memory left.
+        """
+        if id(tensor) not in self._known:
+            self._known[id(tensor)] = tensor, self._added(tensor.detach().cpu().contiguous())
+        return self._known[id(tensor)][1]
+
+    def close(self) -> None:
+        super().close()
+        self._known.clear()
 
     def _added(self, tensor: torch.Tensor) -> Reference:
         start = -(-self.file.seek(0, os.SEEK_END) // _ALIGNED) * _ALIGNED

@@ -61,6 +61,8 @@ def run(wanted: dict, token: str, address: str, devices: list[str]) -> None:
     environment.pop("PYTHONSAFEPATH", None)  # the programs beside this one import their neighbours
     environment.setdefault("ZIMAGE_COMFYUI", wanted["comfyui"])
     environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // len(devices))))
+    for name, value in (("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "0"), ("MALLOC_ARENA_MAX", "1")):  # as engine/group/launch
+        environment.setdefault(name, value)
     shape = ["--local-addr", address, "--nproc-per-node", str(len(devices)), "--rdzv-conf", "is_host=0"]
     agent = [sys.executable, "-u", str(HERE / "agent.py"), *wanted["torchrun"], *shape, str(HERE / "rank.py")]
     subprocess.run(agent, env=environment, stdin=subprocess.DEVNULL)

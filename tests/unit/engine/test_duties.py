@@ -1,17 +1,20 @@
 """What ranks do, on the demo: to the bit the pictures that this process draws, in order, whatever rank draws them."""
 
 import contextlib
+import datetime
 import threading
+from types import SimpleNamespace
 
 import psutil
 import pytest
 import torch
 
-from zimage_turbo.engine import catalogue, ode, prompt_batch, sampling, spread, text
+from zimage_turbo.engine import catalogue, duties, ode, prompt_batch, sampling, spread, text
 from zimage_turbo.engine.group.coordinator import Group
 from zimage_turbo.engine.group.faults import Refused
 from zimage_turbo.engine.group.launch import Setup
 from zimage_turbo.engine.group.team import Limits
+from zimage_turbo.engine.group.worker import Rank
 from zimage_turbo.tests.comparison import relative_error
 
 LIMIT = 180.0
@@ -108,6 +111,34 @@ def test_previews_are_clean_latents_on_the_way(group, positives):
     (image,), previews = images(positives, 1), []
     spread.draw(group, common(previews=True), [image], LIMIT, lambda *step: previews.append(step[-1]))
     assert len(previews) == STEPS and all(each.shape == image["noise"].shape for each in previews)
+
+
+@pytest.mark.parametrize(
+    ("changes", "drained"),
+    [({}, [STEPS]), ({"previews": True}, [1, 2, 3, 4]), ({"solver": "implicit"}, [1, 2, 3, 4])],
+    ids=["official", "previews", "another solver"],
+)
+def test_a_rank_waits_with_a_limit_wherever_it_waits(demo, positives, monkeypatch, changes, drained):
+    """After which steps: before all that would wait for the GPU, and knows no limit."""
+    waited, limits = [], []
+
+    class Pace:
+        def __init__(self, device, limit):
+            limits.append(limit)
+            self.steps = 0
+
+        def step(self):
+            self.steps += 1
+
+        def wait(self):
+            waited.append(self.steps)
+
+    monkeypatch.setattr(duties, "Pace", Pace)
+    rank = Rank(0, 1, torch.device("cpu"), datetime.timedelta(seconds=9))
+    rank.models["demo"] = duties.Loaded(demo[0], demo[2])
+    request = common(**changes) | {"images": [image | {"number": 0} for image in images(positives, 1)]}
+    duties.draw(rank, SimpleNamespace(request=request, check=lambda: None, tell=lambda told: None))
+    assert waited == drained and limits == [None], "one that is asked alone waits for nobody"
 
 
 def test_one_evaluation_of_prompts_of_several_lengths(group, demo, positives, one_thread):

@@ -1,5 +1,8 @@
 """Attention measured at first use and remembered on disk."""
 
+import contextlib
+import math
+
 import pytest
 import torch
 
@@ -89,6 +92,21 @@ def test_ranks_settle_for_the_form_whose_slowest_rank_is_fastest(monkeypatch):
     ranks = Third(theirs)
     assert settle(monkeypatch, ranks, own) == 2 * len(sequence.FORMS)
     assert ranks.form_of(1, 69) == ranks.form_of(1, 133) == sequence.FORMS[0]
+
+
+@pytest.mark.parametrize("least", [int, lambda own: 0], ids=["here", "by another rank"])
+def test_a_form_that_cannot_be_captured_is_never_fastest(monkeypatch, least):
+    calls = []
+
+    def run():
+        calls.append(None)
+        if least is int and len(calls) > 1:  # the first call is not captured
+            raise RuntimeError("operation not permitted when stream is capturing")
+
+    for name in ("CUDAGraph", "Stream"):
+        monkeypatch.setattr(torch.cuda, name, object)
+    monkeypatch.setattr(torch.cuda, "graph", lambda *_, **__: contextlib.nullcontext())
+    assert measured.replay_seconds(run, least) == math.inf
 
 
 def test_a_form_that_is_given_is_not_measured(monkeypatch):

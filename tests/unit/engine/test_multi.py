@@ -411,12 +411,10 @@ def test_islands_are_of_the_ranks_that_there_are(monkeypatch, places, islands):
 
 def test_gpus_without_links_draw_together_where_that_is_asked_for(monkeypatch):
     monkeypatch.setattr(multi.topology, "read", lambda: Topology(NVLINKED.gpus))
-    places = {number: ("here", f"cuda:{number}") for number in range(4)}
-    group = SimpleNamespace(setup=SimpleNamespace(address="here"), places=lambda: places, kept=lambda key: None)
-    group.keep, group.about = lambda *_, **__: None, {}
-    for split, drawn_by in (("sequence", ((0, 1, 2, 3),)), ("auto", ((0,),))):
-        given = multi.Spread(Setup(("cuda:0",) * 4), Path(), Path(), "auto", "auto", split)
-        assert given.choice(group, torch.Size((1, 16, 8, 8)), 20)(1, 4).groups == drawn_by
+    places = {number: ("here", f"cuda:{number}") for number in range(4)} | {4: ("there", ""), 5: ("there", "")}
+    group = SimpleNamespace(setup=SimpleNamespace(address="here"), places=lambda: places)
+    assert multi._islands(group, asked=True) == [[0, 1, 2, 3], [4, 5]]
+    assert multi._islands(group) == [[0], [1], [2], [3], [4, 5]]
 
 
 def test_several_machines_as_the_environment_says(monkeypatch):
@@ -427,13 +425,17 @@ def test_several_machines_as_the_environment_says(monkeypatch):
 
 
 def test_teams_leave_no_gpu_idle(monkeypatch):
-    islands, met = [list(range(8)), [8, 9]], []
-    monkeypatch.setattr(multi, "_islands", lambda group: islands)
-    monkeypatch.setattr(multi.Spread, "_measured", lambda *_: {1: 1.0, 4: 0.3})
+    islands, met, measured = [list(range(8)), [8, 9]], [], []
+    monkeypatch.setattr(multi, "_islands", lambda group, asked: islands)
+    monkeypatch.setattr(multi.Spread, "_measured", lambda *_: measured.append(1) or {1: 1.0, 4: 0.3})
     given = multi.Spread(Setup(("cuda:0",) * 10), Path(), Path(), "auto", "auto", "auto")
     group = SimpleNamespace(kept=lambda key: None, keep=lambda key, *asked, **_: met.append(asked[1]["size"]), about={})
     choose = given.choice(group, torch.Size((1, 16, 8, 8)), 20)
     assert met == [2, 4, 8] and choose(1, 10).groups == ((0, 1, 2, 3),)
+    given.choice(group, torch.Size((1, 16, 9, 8)), 20)
+    assert len(measured) == 1, "sizes alike are measured once"
+    given.choice(group, torch.Size((1, 16, 16, 8)), 20)
+    assert len(measured) == 2
 
 
 def test_more_gpus_than_there_are(monkeypatch):

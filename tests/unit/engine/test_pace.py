@@ -49,10 +49,18 @@ def test_a_gpu_that_stands_still_is_told_of(monkeypatch):
     _, own = paced(monkeypatch, looks=1 << 30, seconds=0.05)
     own.step()
     own.step()
-    with pytest.raises(torch.distributed.DistError, match="a step is not done after 0 s"):
+    with pytest.raises(torch.distributed.DistError, match=r"a step is not done after 0\.05 s"):
         own.step()
     with pytest.raises(torch.distributed.DistError):
         own.wait()
+
+
+def test_one_that_waits_for_nobody_has_no_limit(monkeypatch):
+    steps, own = paced(monkeypatch, looks=300, seconds=0)
+    own.limit = None
+    own.step()
+    own.wait()
+    assert steps.done == 1
 
 
 def test_a_processor_is_never_ahead():

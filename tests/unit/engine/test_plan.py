@@ -16,7 +16,7 @@ MEASURED = {1: 0.46, 2: 0.27, 4: 0.16}
 def test_one_image_is_split_where_that_was_measured_to_pay():
     chosen = plan.choose(1, FOUR, AUTO, MEASURED)
     assert chosen.groups == ((0, 1, 2, 3),) and chosen.images == ((0,),)
-    assert "4 ranks" in chosen.reason and "160 ms a step" in chosen.reason
+    assert "4 ranks" in chosen.reason and "160 ms for a step of all" in chosen.reason
 
 
 def test_one_image_stays_whole_where_a_split_does_not_pay():

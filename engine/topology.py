@@ -21,11 +21,13 @@ class Gpu:
 
 @dataclass(frozen=True)
 class Topology:
-    """GPUs, and the pairs of their indices (lower first) between which NVLink and peer access work."""
+    """GPUs, and the pairs of their indices (lower first) between which NVLink and peer access work. known: whether the
+    driver said so."""
 
     gpus: tuple[Gpu, ...]
     nvlink: frozenset[tuple[int, int]] = frozenset()
     peers: frozenset[tuple[int, int]] = frozenset()
+    known: bool = True
 
     def islands(self) -> tuple[tuple[int, ...], ...]:
         """Indices that NVLink joins, each island sorted, the largest first; a GPU without links is one by itself.
@@ -48,6 +50,8 @@ class Topology:
         count = f"{len(self.gpus)} GPU{'' if len(self.gpus) == 1 else 's'}"
         if len(self.gpus) < 2:
             return count
+        if not self.known:
+            return f"{count}, links unknown"
         many = [island for island in self.islands() if len(island) > 1]
         linked = ": " + ", ".join(f"{_listed(island)} by NVLink" for island in many) if many else " without NVLink"
         peers = "; peer access by PCIe" if self.peers - self.nvlink else ""
@@ -76,21 +80,22 @@ def _listed(indices: Sequence[int]) -> str:
     return " ".join(map(str, indices))
 
 
-@functools.cache
 def read() -> Topology:
     """Of the GPUs that CUDA shows to this process, in its order; without links where the driver says nothing of them,
     as of a part of a GPU (MIG), and in containers that lack its library."""
     found = list(map(torch.cuda.get_device_properties, range(torch.cuda.device_count())))
-    uuids = [f"GPU-{each.uuid}" for each in found]
+    uuids = tuple(f"GPU-{each.uuid}" for each in found)
     try:
         return described_by_driver(uuids)
     except pynvml.NVMLError as error:
         logging.warning("Z-Image-Turbo: the driver does not say how GPUs are linked: %s", error)
         named = zip(uuids, found, strict=True)
-        return Topology(tuple(Gpu(index, uuid, each.name, None) for index, (uuid, each) in enumerate(named)))
+        gpus = tuple(Gpu(index, uuid, each.name, None) for index, (uuid, each) in enumerate(named))
+        return Topology(gpus, known=False)
 
 
-def described_by_driver(uuids: Sequence[str]) -> Topology:
+@functools.cache
+def described_by_driver(uuids: tuple[str, ...]) -> Topology:
     """Of the GPUs with these ids, which the driver may number otherwise than CUDA. Raises pynvml.NVMLError."""
     if not uuids:
         return Topology(())

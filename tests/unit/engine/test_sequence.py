@@ -5,13 +5,14 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as some
 
-from zimage_turbo.engine import forward, sequence
+from zimage_turbo.engine import forward, sequence, turbo
 from zimage_turbo.engine.group import faults
 from zimage_turbo.tests.unit.engine import together
 
@@ -42,6 +43,15 @@ def test_who_waits_for_a_rank_in_vain_says_so_within_the_limit(results):
     found = results["alone"]
     assert found["kind"] == faults.EXCHANGE and found["what"].startswith("could not exchange data with the others: ")
     assert found["seconds"] < 20
+
+
+def test_ranks_compile_before_their_first_request_alone(monkeypatch):
+    rehearsed = []
+    monkeypatch.setattr(turbo, "rehearse", lambda function, inputs, device: rehearsed.append(device))
+    joint = turbo.Joint(SimpleNamespace(device="cuda:0"), int)
+    joint.prepare(torch.neg, ())
+    joint.prepare(torch.neg, ())
+    assert rehearsed == ["cuda:0"]
 
 
 tokens = some.integers(0, 5000)

@@ -97,6 +97,6 @@ def test_a_driver_that_says_nothing(monkeypatch, caplog):
     monkeypatch.setattr(
         torch.cuda, "get_device_properties", lambda index: types.SimpleNamespace(uuid=index, name="a GPU")
     )
-    found = topology.read.__wrapped__()
-    assert found.gpus == gpus(2) and found.islands() == ((0,), (1,))
+    found = topology.read()
+    assert found.gpus == gpus(2) and found.islands() == ((0,), (1,)) and found.described() == "2 GPUs, links unknown"
     assert "the driver does not say how GPUs are linked" in caplog.text

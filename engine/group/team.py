@@ -9,7 +9,8 @@ import itertools
 import json
 import logging
 import time
-from collections.abc import AsyncIterator, Callable
+import weakref
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
 
 import aiohttp
@@ -22,6 +23,7 @@ from .faults import ENDED, EXCHANGE, REMEDIES, SILENT, SLOW, START, STUCK, Fault
 REPORT_LIMIT = 1 << 16
 POLL_SECONDS = 0.1
 OnProgress = Callable[[int, bytes], object]
+Handler = Callable[[web.Request], Awaitable[web.Response]]
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,7 @@ class Team:
 
     async def start(self) -> None:
         """Start the processes and wait until all ranks are ready. Raises Fault."""
-        routes = [web.post("/report", self._report), web.get("/setup", self._told)]
+        routes = [web.post("/report", _weakly(self._report)), web.get("/setup", _weakly(self._told))]
         runner, port = await loopback.serve(
             routes, self._token, REPORT_LIMIT, self.setup.address, self.setup.first_port
         )
@@ -291,3 +293,13 @@ class Team:
 async def _pieces(body: bytes) -> AsyncIterator[memoryview]:
     for piece in wire.slices(body):
         yield piece
+
+
+def _weakly(method: Handler) -> Handler:
+    """The method without its object, which aiohttp would keep: it has the last thousand handlers of a process."""
+    reference = weakref.WeakMethod(method)
+
+    async def handler(request: web.Request) -> web.Response:
+        return await reference()(request)
+
+    return handler

@@ -6,6 +6,7 @@ which each test leaves as it found it: well, or on its way to be.
 
 import contextlib
 import dataclasses
+import gc
 import logging
 import os
 import signal
@@ -26,7 +27,7 @@ from zimage_turbo.engine.group.coordinator import Group
 from zimage_turbo.engine.group.current import Current
 from zimage_turbo.engine.group.faults import GroupError, Refused
 from zimage_turbo.engine.group.launch import Setup
-from zimage_turbo.engine.group.team import Limits
+from zimage_turbo.engine.group.team import Limits, Team
 
 FAULTY = "tests.unit.engine.group.faulty"
 SILENCE, STOP = 3.0, 2.0
@@ -344,6 +345,9 @@ def test_closing_leaves_nothing(current):
     assert all(gone(each) for each in everything) and group.document()["state"] == coordinator.CLOSED
     assert current.document() is None
     assert process.num_fds() < files and threading.active_count() < threads
+    gc.collect()
+    teams = [each for each in gc.get_objects() if type(each) is Team]
+    assert len(teams) <= 1, "at most the last, which the closed group may have; none of those that failed before"
 
 
 COORDINATOR = """

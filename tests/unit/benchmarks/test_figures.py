@@ -81,6 +81,22 @@ def test_memory(pack, page):
 
 
 @pytest.mark.parametrize("page", ["README.md", "README.zh.md"])
+@pytest.mark.parametrize("run", ["endurance", "faults"])
+def test_endurance_of_a_group(pack, page, run):
+    report = json.loads((pack / f"benchmarks/results/group_{run}_cpu.json").read_text(encoding="utf-8"))
+    text, found = " ".join((pack / page).read_text(encoding="utf-8").split()), report["summary"]
+    shown = [found["requests"], found["pictures"], found["cancelled"]]
+    if run == "endurance":
+        shown += [found["memory settled after"], f"{100 * max(found['memory grown since, by share'].values()):.1f} %"]
+    else:
+        shown += [
+            sum(found["hits"].values()),
+            *(f"{seconds:.0f} s" for seconds in found["seconds after a hit, median and most"]),
+        ]
+    assert report["held"] and all(re.search(rf" {each}(?![.\d])", text) for each in shown)
+
+
+@pytest.mark.parametrize("page", ["README.md", "README.zh.md"])
 def test_speed_of_the_text_encoder_and_the_vae(pack, page):
     results, text = pack / "benchmarks" / "results", (pack / page).read_text(encoding="utf-8")
     rows = json.loads((results / "text_encoder_h100.json").read_text(encoding="utf-8"))["rows"]

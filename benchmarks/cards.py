@@ -21,11 +21,11 @@ def setup(devices: tuple[str, ...]) -> Setup:
     return Setup(devices, operations=(DUTIES, EXCHANGE))
 
 
-def image(number: int, size: int, positive: list) -> dict:
-    """A request for a square picture, the same for every number."""
-    start = torch.zeros(1, 16, size // LATENT_SCALE, size // LATENT_SCALE)
-    noise = torch.randn(start.shape, generator=torch.Generator().manual_seed(number))
-    return {"noise": noise, "latent": start, "mask": None, "seed": number, "positive": positive}
+def image(seed: int, sides: tuple[int, int], positive: list) -> dict:
+    """A request for a picture, the same for every seed. sides: height and width in pixels."""
+    shape = 1, 16, *(side // LATENT_SCALE for side in sides)
+    noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    return {"noise": noise, "latent": None, "mask": None, "seed": seed, "positive": positive}
 
 
 class Cards:

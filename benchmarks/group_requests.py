@@ -12,8 +12,7 @@ import torch
 
 from ..engine import ode, plan, spread, text
 from ..engine.group.coordinator import Group
-from ..engine.model import LATENT_SCALE
-from .cards import decoded
+from .cards import decoded, image
 from .contestants import prompt_text
 
 STEPS = 4  # a group does nothing else for more of them
@@ -37,13 +36,11 @@ class Request:
     @classmethod
     def drawn(cls, draw: random.Random, clip, sides: range) -> "Request":
         """One at random. sides: of pictures, in pixels."""
-        images, start = [], torch.zeros(1, 16, *(draw.choice(sides) // LATENT_SCALE for _ in range(2)))
+        images, size = [], (draw.choice(sides), draw.choice(sides))
         for _ in range(draw.randint(1, MOST)):
             seed = draw.getrandbits(32)
-            noise = torch.randn(start.shape, generator=torch.Generator().manual_seed(seed))
             words = ". ".join(prompt_text(draw.getrandbits(16)) for _ in range(draw.randint(1, 4)))
-            positive = text.encode(clip, words)
-            images.append({"noise": noise, "latent": start, "mask": None, "seed": seed, "positive": positive})
+            images.append(image(seed, size, text.encode(clip, words)))
         return cls(images, draw.choice((plan.IMAGES, plan.SEQUENCE)))
 
     def run(self, group: Group, on_step: Callable = lambda *_: None) -> tuple[torch.Tensor, torch.Tensor]:

@@ -191,7 +191,7 @@ class GroupRows:
         return plan.SEQUENCE if gpus > 1 else plan.IMAGES
 
     def requests(self, count: int, size: int) -> list[dict]:
-        return [image(number, size, self.prompts[number]) for number in range(count)]
+        return [image(number, (size, size), self.prompts[number]) for number in range(count)]
 
 
 def _same(some: tuple[torch.Tensor, torch.Tensor], others: tuple[torch.Tensor, torch.Tensor]) -> int:

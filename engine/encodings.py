@@ -1,7 +1,7 @@
 """The text encoder as ranks run it, for nodes that run in this process: several new prompts spread evenly over ranks.
 
 Each is encoded by itself, as one process does it. A rank reads the text encoder with the first prompt that it is given
-and keeps it beside its models: of Qwen3-4B 8 GB of its GPU as stored in bf16, 2.8 GB in INT4. Ranks that take others'
+and keeps it beside its models: of Qwen3-4B 7.6 GiB of its GPU as stored in bf16, 2.7 in INT4. Ranks that take others'
 place read it with the next prompts, not before: what they were started for are pictures.
 """
 

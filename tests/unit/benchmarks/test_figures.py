@@ -101,6 +101,8 @@ def test_speed_of_the_text_encoder_and_the_vae(pack, page):
     results, text = pack / "benchmarks" / "results", (pack / page).read_text(encoding="utf-8")
     rows = json.loads((results / "text_encoder_h100.json").read_text(encoding="utf-8"))["rows"]
     shown = [(row, row["ms"]) for row in rows if row["tokens"] == 64 and row["what"] != "host in bf16"]
+    for row, _ in shown[1:]:
+        assert f" {row['model_gib']:.1f} GiB" in text  # which ranks that encode take too
     rows = json.loads((results / "vae_h100.json").read_text(encoding="utf-8"))["rows"]
     shown += [(row, row["decode_ms"]) for row in rows if row["batch"] == 1]
     assert len(shown) == 7

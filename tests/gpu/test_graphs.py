@@ -9,7 +9,7 @@ import comfy.model_management
 import pytest
 import torch
 
-from zimage_turbo.engine import compiling, expansion, forward, graphs, shortage, turbo
+from zimage_turbo.engine import compiling, expansion, forward, graphs, ode, sampling, shortage, turbo
 from zimage_turbo.engine.model import load_model
 from zimage_turbo.tests.comparison import relative_error
 from zimage_turbo.tests.gpu import latents
@@ -43,6 +43,24 @@ def test_replay_is_what_would_be_computed(file, precision):
     caption = forward.refine_caption(module, context, forward.Compute(dtype))
     table = forward.rotation_table(module, caption.shape[1], 16, 16, x.device)
     assert torch.equal(replayed, forward.denoise(module, compute, x, time, caption, table))
+
+
+@pytest.mark.parametrize("solver", list(ode.SOLVERS))
+def test_every_solver_keeps_to_the_graph(file, solver):
+    """All evaluations but the first are replayed, and the latent is that of a run without graphs."""
+    patcher = load_model(file, "bf16")
+    module, latent = patcher.model.diffusion_model, sampling.empty_latent(patcher, 256, 256, 1)
+
+    def drawn():
+        module.forwards.clear()
+        result, (report,) = sampling.sample_and_report(patcher, positive(1), latent, 1, ode.sigmas(), solver=solver)
+        return result["samples"], report.nfe
+
+    replayed, nfe = drawn()
+    assert dict(module.forwards) == {turbo.FAST: graphs.WARM_UP, turbo.REPLAYED: nfe - graphs.WARM_UP}
+    module.graphs.give_up()
+    assert torch.equal(drawn()[0], replayed)
+    assert dict(module.forwards) == {turbo.FAST: nfe}
 
 
 def test_weights_expanded_beside_attention_are_those_expanded_before_products(file, monkeypatch):

@@ -28,6 +28,7 @@ def main() -> None:
     rank, device = int(os.environ["RANK"]), setup["devices"][int(os.environ["LOCAL_RANK"])]
     if setup["hosts"]:
         os.environ |= exchange_by(setup["address"]) | os.environ
+    os.environ |= apart(setup["devices"], int(os.environ["LOCAL_RANK"]), rank) | os.environ
 
     def report(**facts) -> None:
         """Say facts about this rank to the coordinator. Raises OSError where nobody hears it."""
@@ -57,6 +58,13 @@ def exchange_by(address: str) -> dict[str, str]:
     if name is None:  # as of 127.0.0.2, which no network lists
         return {}
     return {"GLOO_SOCKET_IFNAME": name, "NCCL_SOCKET_IFNAME": f"={name}"}
+
+
+def apart(devices: list[str], own: int, rank: int) -> dict[str, str]:
+    """Variables for a rank that shares its GPU, as tests on a machine with one have it: NCCL refuses two ranks there,
+    unless it takes them to be on machines of their own."""
+    shared = devices[own] != "cpu" and devices.count(devices[own]) > 1
+    return {"NCCL_HOSTID": f"rank {rank}"} if shared else {}
 
 
 def choose(device: str) -> None:

@@ -108,6 +108,11 @@ def test_ranks_of_several_machines_exchange_over_the_network_of_their_address(ra
     assert rank.exchange_by("10.0.0.1") == {"GLOO_SOCKET_IFNAME": "eth1", "NCCL_SOCKET_IFNAME": "=eth1"}
 
 
+def test_ranks_that_share_a_gpu_are_hosts_of_their_own_to_nccl(rank):
+    assert rank.apart(["cuda:0", "cuda:0"], 1, 3) == {"NCCL_HOSTID": "rank 3"}
+    assert rank.apart(["cuda:0", "cuda:1"], 1, 1) == rank.apart(["cpu", "cpu"], 1, 1) == {}
+
+
 def test_a_gpu_that_is_not_shown_is_named(rank, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,5")
     with pytest.raises(ValueError, match="there is no cuda:2: CUDA_VISIBLE_DEVICES shows '2,5'"):

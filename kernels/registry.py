@@ -85,12 +85,14 @@ def product_request(device: torch.device, dtype: torch.dtype, rows: int, outputs
 
 @dataclass(frozen=True)
 class Backend:
-    """One way to run an op. `error`: its relative error beyond the rounding of its result (0: exact)."""
+    """One way to run an op. `error`: its relative error beyond the rounding of its result (0: exact). `fallback`: it is
+    not compared with others where these can run, as one that is each time another of them."""
 
     name: str
     function: Callable
     refusal: Callable[[Request], str | None]
     error: float = 0.0
+    fallback: bool = False
 
 
 class Choices:
@@ -125,16 +127,18 @@ class Registry:
         refusal: Callable[[Request], str | None],
         error: float = 0.0,
         preferred: bool = False,
+        fallback: bool = False,
     ):
         """Add a backend, the last in order of preference or, `preferred`, the first.
 
-        refusal(request): None, or why it cannot run. Raises ValueError on a used name.
+        refusal(request): None, or why it cannot run; error, fallback: as `Backend` has them. Raises ValueError on a
+        used name.
         """
         if name == "auto" or name in self.backends:
             raise ValueError(
                 f"{self.op}: the backend name {name!r} is taken; taken are auto, {', '.join(self.backends)}"
             )
-        backend = {name: Backend(name, function, refusal, error)}
+        backend = {name: Backend(name, function, refusal, error, fallback)}
         self.backends = backend | self.backends if preferred else self.backends | backend
 
     def refusals(self, request: Request) -> dict[str, str | None]:
@@ -153,8 +157,9 @@ class Registry:
         """The backend of that name, or with "auto" the best that can run the request.
 
         "auto" looks at backends whose stated error is at most `allowed_error`. It takes the first, or with `measure`
-        (Backend -> seconds) the fastest, which `choices` remembers until the set of candidates changes. A backend
-        that is named is taken whatever its error. Raises ValueError, with each backend's reason, when none can run.
+        (Backend -> seconds) the fastest, which `choices` remembers until the set of candidates changes; fallbacks are
+        measured only where no other fits. A backend that is named is taken whatever its error. Raises ValueError, with
+        each backend's reason, when none can run.
         """
         if name != "auto":
             backend = self.backends.get(name)
@@ -169,13 +174,14 @@ class Registry:
                 fitting[backend.name] = backend
         if not fitting:
             raise ValueError(self._complaint(name, request, allowed_error))
-        if len(fitting) == 1:
-            return next(iter(fitting.values()))
+        compared = {each.name: each for each in fitting.values() if not each.fallback} or fitting
+        if len(compared) == 1:
+            return next(iter(compared.values()))
         choices = Choices() if choices is None else choices
-        key = f"{self.op}: {request.key}; of {', '.join(fitting)}"
-        if choices.names.get(key) not in fitting:
-            choices.names[key] = min(fitting, key=lambda candidate: measure(fitting[candidate]))
-        return fitting[choices.names[key]]
+        key = f"{self.op}: {request.key}; of {', '.join(compared)}"
+        if choices.names.get(key) not in compared:
+            choices.names[key] = min(compared, key=lambda candidate: measure(compared[candidate]))
+        return compared[choices.names[key]]
 
     def _complaint(self, name: str, request: Request, allowed_error: float) -> str:
         lines = []

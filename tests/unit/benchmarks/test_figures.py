@@ -38,6 +38,31 @@ def test_speed_of_the_denoiser(pack, page, gpu):
             assert f"{100 * row['error']:.1f} %" in line
 
 
+@pytest.mark.parametrize("page", ["README.md", "README.zh.md"])
+def test_speed_of_a_batch(pack, page):
+    report = json.loads((pack / "benchmarks" / "results" / "denoise_batch4_h100.json").read_text(encoding="utf-8"))
+    (line,) = (line for line in paragraphs(pack / page) if "denoise_batch4_h100.json" in line)
+    assert {row["what"] for row in report["rows"]} == {"host bf16", "ours bf16", "ours fp8", "ours int4-fp8"}
+    for row in report["rows"]:
+        assert row["gate"] and row["batch"] == 4 and f"{row['denoise_ms'] / 4:.0f} ms" in line
+
+
+@pytest.mark.parametrize("page", ["README.md", "README.zh.md"])
+def test_two_ranks_on_one_gpu(pack, page):
+    report = json.loads((pack / "benchmarks" / "results" / "multi_gpu_shared_h100.json").read_text(encoding="utf-8"))
+    start, images, sequence = report["rows"]
+    assert len(set(report["ranks"])) == 1 and images["gate"] and sequence["gate"]
+    (line,) = (line for line in paragraphs(pack / page) if "multi_gpu_shared_h100.json" in line)
+    errors = [f"{100 * sequence[name]:.2f} %" for name in ("error", "own_error")]
+    for figure in (f"{start['ready_s']:.1f} s", f"{start['load_s']:.1f} s", *errors):
+        assert figure in line
+    assert images["said"].startswith("4 of 4")
+
+
+def paragraphs(page) -> list[str]:
+    return [" ".join(each.splitlines()) for each in page.read_text(encoding="utf-8").split("\n\n")]
+
+
 def test_quantised_denoisers_are_within_the_bounds_of_today(pack):
     """A bound that what was measured does not meet would keep the next run from timing anything."""
     rows = json.loads((pack / "benchmarks" / "results" / "denoise_h100.json").read_text(encoding="utf-8"))["rows"]

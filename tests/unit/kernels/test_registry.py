@@ -144,6 +144,27 @@ def test_the_fastest_is_measured_once_per_request_and_remembered(op):
         op.choose("auto", size(3), measure=measure, choices=restored)
 
 
+def test_a_fallback_is_measured_only_where_nothing_else_fits(op):
+    op.register("whatever", abs, no_refusal, fallback=True)
+    op.register("either", abs, small_only, fallback=True)
+    choices, seconds = Choices(), {"small": 3.0, "any": 2.0, "whatever": 1.0, "either": 0.5}
+
+    def measure(backend):
+        return seconds[backend.name]
+
+    assert op.choose("auto", size(3), measure=measure, choices=choices).name == "any"
+    assert op.choose("whatever", size(3)).name == "whatever"
+    for name in ("small", "rough", "any"):
+        del op.backends[name]
+    assert op.choose("auto", size(3), measure=measure, choices=choices).name == "either"
+    assert op.choose("auto", size(30), measure=measure, choices=choices).name == "whatever"
+
+
+def test_what_torch_chooses_is_not_measured_beside_its_choices():
+    """By which kernel torch's own choice attends depends on what ran before in the process."""
+    assert [each.name for each in attention.ATTENTION.backends.values() if each.fallback] == ["sdpa"]
+
+
 def test_a_remembered_name_that_is_gone_is_measured_again(op):
     choices = Choices()
     op.choose("auto", size(3), measure=lambda backend: 1.0, choices=choices)

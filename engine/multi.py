@@ -85,6 +85,10 @@ class Spread:
         files = (self.diffusion_model, self.vae)
         return ";".join((self.precision, self.attention, *map(cache_file.source_of, files)))
 
+    def begin(self) -> None:
+        """Have the ranks start while this process loads and encodes."""
+        current.begin(self.setup, self)
+
     def group(self) -> Group:
         """The group of this process, these models on its ranks. Raises GroupError, and ValueError as the loader."""
         group = current.group(self.setup, owner=self)

@@ -59,6 +59,11 @@ class Group:
         with self._in_use():
             return len(self._submit(self._ready()).result().members)
 
+    def begin(self) -> None:
+        """`start` without waiting; a failure is the next request's to meet, which tries again."""
+        with self._in_use():
+            self._submit(self._ready())
+
     def call(
         self,
         operation: str,

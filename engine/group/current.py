@@ -52,6 +52,12 @@ class Current:
             self._owned = self._asked = time.monotonic()
             return self._group
 
+    def begin(self, setup: Setup, owner: object) -> None:
+        """Have ranks started for whoever asks for `group` next, unless others have one now. Does not wait; what goes
+        wrong, that request is told."""
+        if self._group is None:
+            self.group(setup, owner=owner).begin()
+
     def leave(self, seconds: float | None = None) -> None:
         """Nobody needs the group now, owner or not: it ends when for so many seconds nobody has asked it for anything;
         None: GRACE_SECONDS."""

@@ -136,6 +136,18 @@ def test_a_group_without_any_device_fails_and_says_why():
         assert made.document()["state"] == coordinator.FAILED
 
 
+def test_a_start_ahead_that_failed_is_tried_again_by_who_asks():
+    there = []
+    with running(devices=lambda: there) as made:
+        made.begin()
+        end = time.monotonic() + AMPLE
+        while made.document()["state"] != coordinator.FAILED and time.monotonic() < end:
+            time.sleep(0.01)
+        assert "none of the devices asked for is there" in made.document()["reason"]
+        there.append("cpu")
+        assert made.start() == 1
+
+
 # --- Work ---
 
 

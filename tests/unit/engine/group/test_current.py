@@ -56,6 +56,18 @@ def test_ranks_end_after_their_last_owner():
         assert current.group(SETUP) is not group
 
 
+def test_a_start_ahead_is_not_waited_for():
+    owner = Owner()
+    with contextlib.closing(Current(look=LOOK)) as current:
+        began = time.monotonic()
+        current.begin(SETUP, owner)
+        assert time.monotonic() - began < 1.0 and current.document()["ranks"] == []
+        group = current.group(SETUP, owner=owner)
+        assert group.call("echo", lambda size: {0: "there?"}, AMPLE) and group.document()["starts"] == 1
+        current.begin(Setup(("cpu", "cpu")), owner)
+        assert current.group(SETUP, owner=owner) is group, "others may need the one that is there"
+
+
 @pytest.fixture
 def pass_by(monkeypatch):
     """Lets so many seconds pass, as far as `Current` sees. No group of these tests has processes."""

@@ -138,6 +138,7 @@ def evaluate(rank: Rank, job: Job) -> wire.Tree:
     # By these the module knows captions that it has refined before: of other patches they are others.
     uuids = [prompt["name"], str(model.patches_uuid), rows.start, rows.stop]
     management.load_models_gpu([model], memory_required=model.model.memory_required(list(x.shape)))
+    pace = Pace(rank.device, rank.limit if together else None)
     with loaded.joined(together):
         result = model.model.diffusion_model(
             x,
@@ -148,6 +149,8 @@ def evaluate(rank: Rank, job: Job) -> wire.Tree:
             transformer_options={"uuids": uuids},
             **arguments,
         )
+    pace.step()
+    pace.wait()  # to send the result waits for the GPU too, and knows no limit
     return {"first": rows.start, "result": result} if together is None or together.leads else None
 
 

@@ -113,32 +113,57 @@ def test_previews_are_clean_latents_on_the_way(group, positives):
     assert len(previews) == STEPS and all(each.shape == image["noise"].shape for each in previews)
 
 
-@pytest.mark.parametrize(
-    ("changes", "drained"),
-    [({}, [STEPS]), ({"previews": True}, [1, 2, 3, 4]), ({"solver": "implicit"}, [1, 2, 3, 4])],
-    ids=["official", "previews", "another solver"],
-)
-def test_a_rank_waits_with_a_limit_wherever_it_waits(demo, positives, monkeypatch, changes, drained):
-    """After which steps: before all that would wait for the GPU, and knows no limit."""
-    waited, limits = [], []
+@pytest.fixture
+def paces(monkeypatch):
+    """Every Pace of a duty: its limit, and after how many steps it was waited for."""
+    made = []
 
     class Pace:
         def __init__(self, device, limit):
-            limits.append(limit)
-            self.steps = 0
+            self.limit, self.steps, self.waited = limit, 0, []
+            made.append(self)
 
         def step(self):
             self.steps += 1
 
         def wait(self):
-            waited.append(self.steps)
+            self.waited.append(self.steps)
 
     monkeypatch.setattr(duties, "Pace", Pace)
-    rank = Rank(0, 1, torch.device("cpu"), datetime.timedelta(seconds=9))
-    rank.models["demo"] = duties.Loaded(demo[0], demo[2])
+    return made
+
+
+@pytest.fixture
+def rank(demo):
+    made = Rank(0, 1, torch.device("cpu"), datetime.timedelta(seconds=9))
+    made.models["demo"] = duties.Loaded(demo[0], demo[2])
+    return made
+
+
+@pytest.mark.parametrize(
+    ("changes", "drained"),
+    [({}, [STEPS]), ({"previews": True}, [1, 2, 3, 4]), ({"solver": "implicit"}, [1, 2, 3, 4])],
+    ids=["official", "previews", "another solver"],
+)
+def test_a_rank_waits_with_a_limit_wherever_it_waits(rank, positives, paces, changes, drained):
+    """After which steps: before all that would wait for the GPU, and knows no limit."""
     request = common(**changes) | {"images": [image | {"number": 0} for image in images(positives, 1)]}
     duties.draw(rank, SimpleNamespace(request=request, check=lambda: None, tell=lambda told: None))
-    assert waited == drained and limits == [None], "one that is asked alone waits for nobody"
+    (pace,) = paces
+    assert pace.waited == drained and pace.limit is None, "one that is asked alone waits for nobody"
+
+
+@pytest.mark.parametrize("together", [None, SimpleNamespace(leads=True)], ids=["alone", "together"])
+def test_an_evaluation_is_waited_for_with_a_limit(rank, positives, paces, monkeypatch, together):
+    states, extra = positives[0][0]
+    prompt = {"number": 0, "name": "one", "context": states, "num_tokens": states.shape[1], "lengths": None}
+    duties.prompt(rank, SimpleNamespace(request=prompt | {"attention_mask": extra.get("attention_mask")}))
+    monkeypatch.setattr(duties, "_together", lambda rank, numbers: together)
+    monkeypatch.setattr(duties.Loaded, "joined", lambda self, together: contextlib.nullcontext())
+    given = {"key": "demo", "prompt": 0, "first": 0, "x": torch.randn(1, 16, 12, 10), "timesteps": torch.tensor([0.5])}
+    duties.evaluate(rank, SimpleNamespace(request=given | {"ranks": None}))
+    (pace,) = paces
+    assert pace.waited == [1] and pace.limit == (rank.limit if together else None)
 
 
 def test_one_evaluation_of_prompts_of_several_lengths(group, demo, positives, one_thread):

@@ -68,6 +68,16 @@ def test_ranks_share_the_cores(monkeypatch):
     assert launch.environment(SETUP, "", "", None)["OMP_NUM_THREADS"] == "1"
 
 
+@pytest.mark.parametrize(
+    ("name", "ours"), [("MALLOC_ARENA_MAX", "1"), ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "0")], ids=["heaps", "oneDNN"]
+)
+def test_ranks_give_memory_back_unless_the_user_wants_otherwise(monkeypatch, name, ours):
+    monkeypatch.delenv(name, raising=False)
+    assert launch.environment(SETUP, "", "", None)[name] == ours
+    monkeypatch.setenv(name, "7")
+    assert launch.environment(SETUP, "", "", None)[name] == "7"
+
+
 @pytest.mark.parametrize("name", launch.ALLOCATOR)
 @pytest.mark.parametrize(
     ("value", "kept"), [("backend:cudaMallocAsync", False), ("expandable_segments:True", True)], ids=["host", "user"]

@@ -2,6 +2,7 @@
 
 import contextlib
 import datetime
+import itertools
 import threading
 from types import SimpleNamespace
 
@@ -234,17 +235,26 @@ def test_images_that_are_there_when_a_rank_is_killed_are_kept(group, demo, posit
     assert "rank 0 (cpu) ended during 'draw'" in group.document()["last_fault"]["what"]
 
 
-def test_prompts_are_encoded_in_order(group, demo, one_thread):
+@pytest.mark.parametrize("killed", [False, True], ids=["undisturbed", "with a rank killed on the way"])
+def test_prompts_are_encoded_in_order(group, demo, one_thread, killed):
     """Also by ranks that took others' place, as those of the test before."""
-    prompts = [f"{number} squares in a row" for number in ("three", "seven", "nine", "two", "five")]
-    tokens = [demo[1].tokenize(prompt) for prompt in prompts]
+    numbers, looks = ("three", "seven", "nine", "two", "five"), itertools.count()
+    tokens = [demo[1].tokenize(f"{number} squares in row {row}") for row in range(8) for number in numbers]
     file = str(catalogue.resolve("demo", "auto", "auto").text_encoder)
     request = {"key": "demo", "text_encoder": {"path": file, "precision": "auto"}, "layer": None}
-    there = spread.encode(group, request, tokens, LIMIT)
+    victim = psutil.Process(group.document()["ranks"][1]["pid"])
+
+    def check():
+        if killed and next(looks) == 1:
+            victim.kill()
+
+    there = spread.encode(group, request, tokens, LIMIT, check)
     for ((states, extra),), each in zip(there, tokens, strict=True):
         ((wanted, known),) = text.unpadded(demo[1], each)
         assert torch.equal(states, wanted) and torch.equal(extra["attention_mask"], known["attention_mask"])
         assert extra.keys() == known.keys()
+    assert victim.is_running() != killed
+    assert not killed or "rank 1 (cpu) ended during 'encode'" in group.document()["last_fault"]["what"]
 
 
 def test_forgotten_models_are_gone(group, positives):

@@ -19,7 +19,7 @@ from . import qwen
 from .graphs import Graphs
 from .pool import Pool, Shape
 from .recent import Recent
-from .rehearsal import rehearsed
+from .rehearsal import LENGTHS, rehearsed
 from .residency import addresses, resident_weights, unchanged_weights
 from .shortage import spares_a_graph, with_room
 from .turbo import FAST, REPLAYED
@@ -81,9 +81,16 @@ class TurboTextEncoder(Qwen3_4BModel):
             if states is not None:
                 self.forwards[REPLAYED] += 1
                 return states[:, :count]
-        run = run if self.forwards[FAST] else rehearsed(run, device)
+        if not self.forwards[FAST]:
+            others = (length for length in LENGTHS if length != inputs.shape[1])
+            run = rehearsed(run, device, [self._empty(length, inputs) for length in others])
         self.forwards[FAST] += 1
         return with_room(run, inputs, table)[:, :count]
+
+    def _empty(self, length: int, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the layers take of so many tokens, zeros [1, length, D] of the type and device of `like`."""
+        table = qwen.rotation_table(self.transformer.model, length, like.device)
+        return like.new_zeros(1, length, like.shape[2]), table
 
     def _pages_depend_on(self, device: torch.device) -> Hashable | None:
         """What keys and values depend on beside tokens and layers; None if pages are not for this device, or if it

@@ -18,6 +18,7 @@ import torch
 from .compiling import KERNELS, knobs
 
 MOST_THREADS = 16
+LENGTHS = (32, 64, 96)  # of padded prompts: each kind of INT4 product, which are of up to 32, 64 and more rows
 
 
 class Rehearsal:
@@ -49,14 +50,16 @@ class Rehearsal:
             function.preload(data)
 
 
-def rehearsed(function: Callable[..., torch.Tensor], device: torch.device) -> Callable[..., torch.Tensor]:
+def rehearsed(
+    function: Callable[..., torch.Tensor], device: torch.device, others: Sequence[Sequence[object]] = ()
+) -> Callable[..., torch.Tensor]:
     """`function`, which compiles all that it needs before it does its work, for the first call on a device.
 
-    The call raises what compiling raised.
+    others: inputs of such calls as may follow, which shall find their kernels. The call raises what compiling raised.
     """
 
-    def run(*inputs: torch.Tensor) -> torch.Tensor:
-        rehearse(function, inputs, device)
+    def run(*inputs: object) -> torch.Tensor:
+        rehearse(lambda: [function(*each) for each in (inputs, *others)], (), device)
         return function(*inputs)
 
     return run

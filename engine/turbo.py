@@ -18,7 +18,7 @@ from . import forward, layouts, prompt_batch, rows
 from .graphs import Graphs
 from .measured import attention_backend, settle_form
 from .recent import Recent
-from .rehearsal import rehearse, rehearsed
+from .rehearsal import LENGTHS, rehearse, rehearsed
 from .residency import resident_weights
 from .sequence import Ranks
 from .shortage import by_halves, spares_a_graph, with_room
@@ -96,8 +96,10 @@ class TurboNextDiT(NextDiT):
         self, context: torch.Tensor, lengths: tuple[int, ...] | None, groups: list[rows.Numbers]
     ) -> list[torch.Tensor]:
         refine = functools.partial(forward.refine_caption, self)
-        refine = refine if self.forwards[FAST] else rehearsed(refine, context.device)
         compute = forward.Compute(context.dtype, self.attention)
+        if not self.forwards[FAST]:
+            others = [(context.new_zeros(1, length, context.shape[2]), compute) for length in LENGTHS]
+            refine = rehearsed(refine, context.device, others)
         if lengths is None:
             return [refine(context, compute)]
         refined = []

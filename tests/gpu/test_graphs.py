@@ -4,16 +4,15 @@ import contextlib
 import itertools
 import subprocess
 import sys
-import threading
 
 import comfy.model_management
 import pytest
 import torch
 
-from zimage_turbo.engine import compiling, expansion, forward, graphs, measured, ode, sampling, shortage, turbo
+from zimage_turbo.engine import expansion, forward, graphs, measured, ode, sampling, shortage, turbo
 from zimage_turbo.engine.model import load_model
 from zimage_turbo.tests.comparison import relative_error
-from zimage_turbo.tests.gpu import latents
+from zimage_turbo.tests.gpu import kernels, latents
 from zimage_turbo.tests.gpu.latents import SIZES, draw, positive, with_lora
 from zimage_turbo.tests.weights import small_transformer
 
@@ -102,25 +101,12 @@ def test_a_forward_never_waits_for_the_gpu(file, precision):
 
 def test_kernels_are_compiled_side_by_side_before_the_first_evaluation(file, monkeypatch):
     """With nothing compiled in this process: the same latent, and every kernel got ready by the rehearsals."""
-    triton = pytest.importorskip("triton")
     expected = draw(load_model(file, "fp8"), (256, 256))
-    knobs = compiling.knobs()
-    compiled = []
-
-    def listener(*, src, cache_hit, **rest):
-        compiled.append((src.fn.__module__, threading.current_thread().name.startswith("compile")))
-
-    monkeypatch.setattr(knobs.compilation, "listener", listener)
-    for name, module in list(sys.modules.items()):
-        if name.startswith(compiling.KERNELS):
-            for kernel in vars(module).values():
-                if isinstance(kernel, triton.runtime.JITFunction):
-                    kernel.device_caches.clear()
+    compiled = kernels.forgotten(monkeypatch)
     patcher = load_model(file, "fp8")
     compiled.clear()  # of quantising
     assert torch.equal(draw(patcher, (256, 256)), expected)
-    ours = [aside for module, aside in compiled if module.startswith(compiling.KERNELS)]
-    assert len(ours) > 5 and all(ours)
+    assert len(compiled) > 5 and all(aside for _, aside in compiled)
 
 
 def test_text_is_on_the_gpu_before_the_first_evaluation(file, monkeypatch):

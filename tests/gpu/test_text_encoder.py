@@ -9,6 +9,7 @@ from safetensors.torch import save_file
 
 from zimage_turbo.engine import encoder, graphs, text, turbo
 from zimage_turbo.tests.comparison import relative_error
+from zimage_turbo.tests.gpu import kernels
 from zimage_turbo.tests.weights import random_text_encoder
 
 pytestmark = [
@@ -58,6 +59,20 @@ def test_within_twice_the_error_of_bf16(clip):
         assert torch.equal(extra["attention_mask"], mask)
         assert 0 < relative_error(theirs, exact) < 0.5
         assert relative_error(ours, exact) <= 2 * relative_error(theirs, exact)
+
+
+def test_a_first_prompt_has_the_kernels_of_all_lengths_compiled(file, monkeypatch):
+    """In INT4 there are others for few tokens: one after another they took 2.6 s of the second picture."""
+    clip = text.load_text_encoder(file, torch.device("cuda:0"), precision="int4")
+    clip.load_model()
+    clip.cond_stage_model.set_clip_options({"execution_device": torch.device("cuda:0")})
+    module, compiled = clip.cond_stage_model.qwen3_4b, kernels.forgotten(monkeypatch)
+    module.forward(tokens(77))
+    assert compiled and all(aside for _, aside in compiled)
+    compiled.clear()
+    for count in COUNTS:
+        module.forward(tokens(count))
+    assert not compiled
 
 
 def test_pages_within_twice_the_error_of_bf16(clip, monkeypatch):

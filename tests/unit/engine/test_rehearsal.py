@@ -8,8 +8,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from zimage_turbo.engine import rehearsal
-from zimage_turbo.kernels import norm
+from zimage_turbo.engine import encoder, rehearsal
+from zimage_turbo.kernels import int4, norm
 
 CUDA = torch.device("cuda:0")
 
@@ -59,6 +59,26 @@ def test_kernels_are_compiled_on_threads_before_the_function_is_called_in_earnes
     assert left_out == [[True, True, True], [False, False, False]]
     assert sorted(kernel.asked) == ["16", "8"] and all(name.startswith("compile") for name in kernel.threads)
     assert result.item() == 2 and hooks.jit_cache_hook is before
+
+
+def test_what_may_follow_is_compiled_at_once(hooks):
+    """Of the calls with other inputs nothing is left but their kernels."""
+    kernel, calls = Kernel(), []
+
+    def function(x):
+        calls.append(len(x))
+        launch(hooks, kernel, str(len(x)))
+        return x + 1
+
+    given, others = torch.zeros(3), [(torch.zeros(length),) for length in (1, 2)]
+    assert torch.equal(rehearsal.rehearsed(function, CUDA, others)(given), given + 1)
+    assert calls == [3, 1, 2, 3] and sorted(kernel.asked) == ["1", "2", "3"]
+
+
+def test_the_lengths_of_prompts_need_all_kinds_of_int4_products():
+    few = [length for length in rehearsal.LENGTHS if length <= int4.FUSED_ROWS]
+    assert int4.FUSED_ROWS in few and len(few) < len(rehearsal.LENGTHS)
+    assert all(length % encoder.BUCKET == 0 for length in rehearsal.LENGTHS) and encoder.BUCKET in few
 
 
 def test_launches_that_are_not_left_out(hooks):

@@ -4,6 +4,7 @@ diffusers computes the same function in another order (picture before caption, q
 within rounding.
 """
 
+import contextlib
 import importlib.util
 from collections.abc import Iterable, Iterator
 
@@ -26,6 +27,24 @@ def version() -> str:
     import diffusers
 
     return diffusers.__version__
+
+
+CUDNN_FIRST = ((9, 0), (10, 0))  # compute capabilities of GPUs on which torch by itself attends by cuDNN
+
+
+@contextlib.contextmanager
+def attention_of_its_own() -> Iterator[None]:
+    """Attention as in a process without the host, whose forward leaves torch with flash attention first: on Hopper that
+    takes nearly twice as long."""
+    import torch
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    if torch.cuda.get_device_capability() not in CUDNN_FIRST:
+        yield
+        return
+    order = ("CUDNN_ATTENTION", "FLASH_ATTENTION", "EFFICIENT_ATTENTION", "MATH")
+    with sdpa_kernel([getattr(SDPBackend, name) for name in order], set_priority=True):
+        yield
 
 
 def build(weights: Iterable[tuple[str, "torch.Tensor"]], **sizes):  # noqa: F821

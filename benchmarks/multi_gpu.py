@@ -76,18 +76,22 @@ def measured(arguments: argparse.Namespace, folder: Path | None) -> dict:
     report = conditions() | described(ranks) | {"weights": weight_files.kind(arguments), "seconds": arguments.seconds}
     report |= {"rows": [], "left_out": []}
 
+    def save() -> None:
+        if arguments.out:
+            arguments.out.parent.mkdir(parents=True, exist_ok=True)
+            arguments.out.write_text(json.dumps(report) + "\n", encoding="utf-8")
+
     def keep(row: dict) -> None:
         row = {name: float(f"{value:.5g}") if isinstance(value, float) else value for name, value in row.items()}
         report["rows"].append(row)
         print(json.dumps({name: value for name, value in row.items() if not name.endswith("times_s")}), flush=True)
-        if arguments.out:
-            arguments.out.parent.mkdir(parents=True, exist_ok=True)
-            arguments.out.write_text(json.dumps(report) + "\n", encoding="utf-8")
+        save()
 
     counts = sorted({1, *(count for count in arguments.gpus if count <= len(ranks))})
     with torch.inference_mode(), GroupRows(catalogue.resolve(**choice(files)), ranks, counts, keep) as rows:
         steps = rows.steps(arguments.precision or PRECISIONS[kind], arguments.size or SIZES[kind])
         report["left_out"] = rows.run(steps, arguments.seconds)
+        save()
     return report
 
 

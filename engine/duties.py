@@ -150,7 +150,7 @@ def evaluate(rank: Rank, job: Job) -> wire.Tree:
             **arguments,
         )
     pace.step()
-    pace.wait()  # to send the result waits for the GPU too, and knows no limit
+    pace.wait()  # sending the result would wait for the GPU as well, without a limit
     return {"first": rows.start, "result": result} if together is None or together.leads else None
 
 

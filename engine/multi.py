@@ -86,7 +86,7 @@ class Spread:
         return ";".join((self.precision, self.attention, *map(cache_file.source_of, files)))
 
     def begin(self) -> None:
-        """Have the ranks start while this process loads and encodes."""
+        """Have the ranks start while other nodes work."""
         current.begin(self.setup, self)
 
     def group(self) -> Group:

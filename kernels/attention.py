@@ -199,7 +199,7 @@ ATTENTION.register("flash-attn", flash_attn, _flash_attn_refusal)
 ATTENTION.register("flash", flash, _flash_refusal)
 ATTENTION.register("triton", lazily("attention_triton", "attention"), _triton_refusal)
 # On Hopper sdpa is cuDNN or flash, by what ran first in the process (torch sets their order at the first call, the host
-# around its own): measured as one of them, it could be the other, half as fast, in the next.
+# around its own): measured as one of them, it could be the other, about half as fast, in the next.
 ATTENTION.register("sdpa", sdpa, no_refusal, fallback=True)
 # Rounding as FP8 does gives 0.053 on normal q, k, v of unit spread, and 0.1 where q and k have spread 2
 ATTENTION.register(FP8, lazily("attention_fp8_triton", "attention"), _triton_fp8_refusal, error=0.06)

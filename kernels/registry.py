@@ -13,7 +13,7 @@ without touching this pack's files:
     )
 
 `my_attention` can then be chosen by its name, and takes part in "auto": with `preferred=True` before all others, else
-where those before it refuse, or where a measurement finds it faster.
+where those before it refuse, or where a measurement finds it faster; with `fallback=True` only where no other can run.
 """
 
 import functools
@@ -21,6 +21,7 @@ import importlib
 import importlib.metadata
 import importlib.util
 import json
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -85,8 +86,8 @@ def product_request(device: torch.device, dtype: torch.dtype, rows: int, outputs
 
 @dataclass(frozen=True)
 class Backend:
-    """One way to run an op. `error`: its relative error beyond the rounding of its result (0: exact). `fallback`: it is
-    not compared with others where these can run, as one that is each time another of them."""
+    """One way to run an op. `error`: its relative error beyond the rounding of its result (0: exact). `fallback`: taken
+    by "auto" only where no other runs, as is right for one that may run as any of the others."""
 
     name: str
     function: Callable
@@ -157,9 +158,9 @@ class Registry:
         """The backend of that name, or with "auto" the best that can run the request.
 
         "auto" looks at backends whose stated error is at most `allowed_error`. It takes the first, or with `measure`
-        (Backend -> seconds) the fastest, which `choices` remembers until the set of candidates changes; fallbacks are
-        measured only where no other fits. A backend that is named is taken whatever its error. Raises ValueError, with
-        each backend's reason, when none can run.
+        (Backend -> seconds, infinity where it fails) the fastest, which `choices` remembers until the set of candidates
+        changes; fallbacks come after all others, and are measured where these fail. A backend that is named is taken
+        whatever its error. Raises ValueError, with each backend's reason, when none can run.
         """
         if name != "auto":
             backend = self.backends.get(name)
@@ -167,21 +168,22 @@ class Registry:
                 raise ValueError(self._complaint(name, request, allowed_error))
             return backend
         fitting = {}
-        for backend in self.backends.values():
+        for backend in sorted(self.backends.values(), key=lambda backend: backend.fallback):
             if backend.error <= allowed_error and backend.refusal(request) is None:
                 if measure is None:  # a forward chooses hundreds of times: the others need not be asked
                     return backend
                 fitting[backend.name] = backend
         if not fitting:
             raise ValueError(self._complaint(name, request, allowed_error))
-        compared = {each.name: each for each in fitting.values() if not each.fallback} or fitting
-        if len(compared) == 1:
-            return next(iter(compared.values()))
+        if len(fitting) == 1:
+            return next(iter(fitting.values()))
         choices = Choices() if choices is None else choices
-        key = f"{self.op}: {request.key}; of {', '.join(compared)}"
-        if choices.names.get(key) not in compared:
-            choices.names[key] = min(compared, key=lambda candidate: measure(compared[candidate]))
-        return compared[choices.names[key]]
+        first, last = ([each for each in fitting.values() if each.fallback == kind] for kind in (False, True))
+        candidates = "; else ".join(", ".join(each.name for each in some) for some in (first, last) if some)
+        key = f"{self.op}: {request.key}; of {candidates}"
+        if choices.names.get(key) not in fitting:
+            choices.names[key] = _fastest(first, measure) or _fastest(last, measure) or next(iter(fitting))
+        return fitting[choices.names[key]]
 
     def _complaint(self, name: str, request: Request, allowed_error: float) -> str:
         lines = []
@@ -194,6 +196,12 @@ class Registry:
             lines.append(f"  {backend.name}: {reason or 'can run'}")
         known = "" if name == "auto" or name in self.backends else " is not a known backend"
         return f"{self.op}: backend {name!r}{known or ' cannot run this'}. The backends:\n" + "\n".join(lines)
+
+
+def _fastest(backends: list[Backend], measure: Callable[[Backend], float]) -> str | None:
+    """The name of that of least seconds; None if all of them fail."""
+    seconds = {backend.name: measure(backend) for backend in backends}
+    return min((name for name in seconds if seconds[name] < math.inf), key=seconds.get, default=None)
 
 
 def lazily(module: str, function: str) -> Callable:

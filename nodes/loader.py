@@ -81,10 +81,9 @@ class ZImageTurboLoader(io.ComfyNode):
     ) -> io.NodeOutput:
         files = catalogue.resolve(diffusion_model, text_encoder, vae)
         many = multi.Spread.of(files, precision, attention, **spreading) if device == devices.MULTI_GPU else None
-        if many is not None:
-            many.begin()
         models = load(files, precision, devices.resolve(device), attention, cache_quantised)
         if many is not None:
             multi.attach(models[0], models[2], many)
             encodings.attach(models[1], many, files.text_encoder)
+            many.begin()
         return io.NodeOutput(*models)

@@ -39,24 +39,14 @@ class Current:
         owner: as long as one that was given for this group lives, the group is needed; without any, until `close`.
         """
         with self._turn:
-            if self._group is None or self._group.setup != setup:
-                self._end()
-                self._group, self._ended = Group(setup, limits), threading.Event()
-                watch = threading.Thread(
-                    target=self._watch, args=(self._group, self._ended), name="group-watch", daemon=True
-                )
-                watch.start()
-            if owner is not None and all(each() is not owner for each in self._owners):
-                # Not a WeakSet: owners of equal value are not one.
-                self._owners = [*(each for each in self._owners if each() is not None), weakref.ref(owner)]
-            self._owned = self._asked = time.monotonic()
-            return self._group
+            return self._taken(setup, limits, owner)
 
     def begin(self, setup: Setup, owner: object) -> None:
-        """Have ranks started for whoever asks for `group` next, unless others have one now. Does not wait; what goes
-        wrong, that request is told."""
-        if self._group is None:
-            self.group(setup, owner=owner).begin()
+        """Have ranks started for whoever asks for `group` next, unless those of another setup run, which may be needed.
+        Does not wait; what goes wrong, that request is told."""
+        with self._turn:
+            if self._group is None or self._group.setup == setup:
+                self._taken(setup, None, owner).begin()
 
     def leave(self, seconds: float | None = None) -> None:
         """Nobody needs the group now, owner or not: it ends when for so many seconds nobody has asked it for anything;
@@ -76,6 +66,21 @@ class Current:
         """End the group, if there is one."""
         with self._turn:
             self._end()
+
+    def _taken(self, setup: Setup, limits: Limits | None, owner: object) -> Group:
+        """`group`, of whoever has the turn."""
+        if self._group is None or self._group.setup != setup:
+            self._end()
+            self._group, self._ended = Group(setup, limits), threading.Event()
+            watch = threading.Thread(
+                target=self._watch, args=(self._group, self._ended), name="group-watch", daemon=True
+            )
+            watch.start()
+        if owner is not None and all(each() is not owner for each in self._owners):
+            # Not a WeakSet: owners of equal value are not one.
+            self._owners = [*(each for each in self._owners if each() is not None), weakref.ref(owner)]
+        self._owned = self._asked = time.monotonic()
+        return self._group
 
     def _end(self) -> None:
         self._ended.set()

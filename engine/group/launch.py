@@ -26,7 +26,6 @@ from .shared import Reference
 INSIDE = Path(__file__).resolve().parent.parent.parent / "launcher" / "inside"
 PACKAGE = __package__.rsplit(".", 2)[0]
 DUTIES = "engine.duties"
-ALLOCATOR = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")  # torch's older and newer name of its settings
 TAIL_LINES = 40
 GRACE_SECONDS = 1.0
 UNKILLABLE_SECONDS = 10.0
@@ -179,9 +178,11 @@ def comfyui() -> str:
 
 
 def environment(setup: Setup, token: str, report_to: str, probe: Reference | None) -> dict[str, str]:
-    """This process's own, with what ranks are told; the token is nowhere else."""
-    inherited = {name: value for name, value in os.environ.items() if not _unwanted(name, value)}
-    return _exchange(setup, inherited) | {
+    """This process's own, with what ranks are told; the token is nowhere else. What a rank can choose before it has
+    torch, it does by itself, on other machines too."""
+    # The programs in launcher/inside import their neighbours, which PYTHONSAFEPATH would forbid.
+    inherited = {name: value for name, value in os.environ.items() if name != "PYTHONSAFEPATH"}
+    return inherited | {
         "ZIMAGE_GROUP": json.dumps(told(setup, report_to, probe)),
         TOKEN: token,
         "ZIMAGE_COMFYUI": comfyui(),
@@ -193,24 +194,5 @@ def environment(setup: Setup, token: str, report_to: str, probe: Reference | Non
     }
 
 
-def _exchange(setup: Setup, given: dict[str, str]) -> dict[str, str]:
-    """How ranks exchange data, where these variables leave it open."""
-    wanted = {}
-    if sys.platform == "linux" and not setup.hosts:
-        # Else they meet at the address that the machine's name stands for, which may be nobody's, or open to others.
-        wanted |= dict.fromkeys(("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"), "lo")
-    if any("expandable_segments:True" in given.get(name, "") for name in ALLOCATOR):
-        # What a CUDA graph exchanges NCCL registers, as if it lay in one piece of memory, which it then may not: ranks
-        # wait for each other for ever.
-        wanted["NCCL_GRAPH_REGISTER"] = "0"
-    return wanted | given
-
-
 def _cores() -> int:
     return psutil.cpu_count(logical=False) or os.cpu_count() or 1
-
-
-def _unwanted(name: str, value: str) -> bool:
-    """The programs in launcher/inside import their neighbours, which the first would forbid. CUDA's own allocator,
-    which the host chooses for itself, has no memory pools that graphs could share."""
-    return name == "PYTHONSAFEPATH" or (name in ALLOCATOR and "cudaMallocAsync" in value)

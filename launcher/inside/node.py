@@ -8,6 +8,7 @@ and after it has ended, this waits.
 """
 
 import argparse
+import http.client
 import json
 import os
 import subprocess
@@ -16,6 +17,8 @@ import time
 import urllib.error
 import urllib.request
 from pathlib import Path
+
+import psutil
 
 HERE = Path(__file__).resolve().parent
 WAIT_SECONDS = 1.0
@@ -35,7 +38,7 @@ def main() -> None:
     while True:
         try:
             wanted, state = asked(arguments.coordinator, token), "The group is there: starting."
-        except OSError as error:
+        except (OSError, http.client.HTTPException, ValueError) as error:  # it may end while it answers
             if isinstance(error, urllib.error.HTTPError) and error.code == 403:
                 sys.exit("The group refused the token: ZIMAGE_GROUP_TOKEN differs on the two machines.")
             wanted, state = None, f"Waiting until multi-gpu is used there ({error})."
@@ -48,7 +51,8 @@ def main() -> None:
 
 
 def asked(coordinator: str, token: str) -> dict:
-    """What the group tells its ranks, and torchrun's options. Raises OSError where there is none."""
+    """What the group tells its ranks, and torchrun's options. Raises OSError where there is none, HTTPException or
+    ValueError where the answer is cut off."""
     request = urllib.request.Request(f"{coordinator}/setup", headers={"Authorization": f"Bearer {token}"})
     with _direct.open(request, timeout=ANSWER_SECONDS) as answer:
         return json.load(answer)
@@ -60,7 +64,8 @@ def run(wanted: dict, token: str, address: str, devices: list[str]) -> None:
     environment = os.environ | {"ZIMAGE_GROUP": json.dumps(told), "ZIMAGE_GROUP_TOKEN": token}
     environment.pop("PYTHONSAFEPATH", None)  # the programs beside this one import their neighbours
     environment.setdefault("ZIMAGE_COMFYUI", wanted["comfyui"])
-    environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // len(devices))))
+    cores = psutil.cpu_count(logical=False) or os.cpu_count() or 1
+    environment.setdefault("OMP_NUM_THREADS", str(max(1, cores // len(devices))))
     for name, value in (("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "0"), ("MALLOC_ARENA_MAX", "1")):  # as engine/group/launch
         environment.setdefault(name, value)
     shape = ["--local-addr", address, "--nproc-per-node", str(len(devices)), "--rdzv-conf", "is_host=0"]

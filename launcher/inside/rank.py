@@ -17,6 +17,7 @@ import lifeline
 import psutil
 
 REPORT_SECONDS = 30.0
+ALLOCATOR = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")  # torch's older and newer name of its settings
 
 # A proxy from the environment must not stand between us and the coordinator.
 _direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
@@ -26,9 +27,8 @@ def main() -> None:
     lifeline.hold()
     setup, token = json.loads(os.environ.pop("ZIMAGE_GROUP")), os.environ.pop("ZIMAGE_GROUP_TOKEN")
     rank, device = int(os.environ["RANK"]), setup["devices"][int(os.environ["LOCAL_RANK"])]
-    if setup["hosts"]:
-        os.environ |= exchange_by(setup["address"]) | os.environ
-    os.environ |= apart(setup["devices"], int(os.environ["LOCAL_RANK"]), rank) | os.environ
+    take_torchs_allocator()
+    os.environ |= exchange(setup, device, rank) | os.environ
 
     def report(**facts) -> None:
         """Say facts about this rank to the coordinator. Raises OSError where nobody hears it."""
@@ -49,22 +49,37 @@ def main() -> None:
     importlib.import_module(f"{setup['package']}.engine.group.worker").main(setup, token, rank, report)
 
 
-def exchange_by(address: str) -> dict[str, str]:
-    """Variables to exchange over the network that this machine's address is of: else that is guessed, by the machine's
-    name, which may be loopback's, or as the first one that is there."""
+def take_torchs_allocator() -> None:
+    """CUDA's own, which the host chooses for itself, has no memory pools that graphs could share."""
+    for name in ALLOCATOR:
+        if "cudaMallocAsync" in os.environ.get(name, ""):
+            del os.environ[name]
+
+
+def exchange(setup: dict, device: str, rank: int) -> dict[str, str]:
+    """Variables that say how ranks exchange data, where the user has not."""
+    wanted = {}
+    if setup["hosts"]:  # left open, it is guessed: by the machine's name, which may be loopback's, or as the first one
+        if name := network_of(setup["address"]):
+            wanted |= {"GLOO_SOCKET_IFNAME": name, "NCCL_SOCKET_IFNAME": f"={name}"}
+    elif sys.platform == "linux":
+        # Else they meet at the address that the machine's name stands for, which may be nobody's, or open to others.
+        wanted |= dict.fromkeys(("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"), "lo")
+    if device != "cpu" and setup["devices"].count(device) > 1:
+        # As where several GPUs are tried out on one: NCCL wants them to be on machines of their own then.
+        wanted["NCCL_HOSTID"] = f"rank {rank}"
+    if any("expandable_segments:True" in os.environ.get(name, "") for name in ALLOCATOR):
+        # What a CUDA graph exchanges NCCL registers, as if it lay in one piece of memory, which it then may not: ranks
+        # wait for each other for ever.
+        wanted["NCCL_GRAPH_REGISTER"] = "0"
+    return wanted
+
+
+def network_of(address: str) -> str | None:
+    """The name of the network that this machine's address is of; None for one such as 127.0.0.2, which none lists."""
     address = socket.gethostbyname(address)
     networks = psutil.net_if_addrs().items()
-    name = next((name for name, own in networks if address in (each.address for each in own)), None)
-    if name is None:  # as of 127.0.0.2, which no network lists
-        return {}
-    return {"GLOO_SOCKET_IFNAME": name, "NCCL_SOCKET_IFNAME": f"={name}"}
-
-
-def apart(devices: list[str], own: int, rank: int) -> dict[str, str]:
-    """Variables for a rank that shares its GPU, as tests on a machine with one have it: NCCL refuses two ranks there,
-    unless it takes them to be on machines of their own."""
-    shared = devices[own] != "cpu" and devices.count(devices[own]) > 1
-    return {"NCCL_HOSTID": f"rank {rank}"} if shared else {}
+    return next((name for name, own in networks if address in (each.address for each in own)), None)
 
 
 def choose(device: str) -> None:

@@ -1,6 +1,6 @@
 """A group of ranks on two GPUs: what they draw, alone and together, and what is left when one is killed or all end.
 
-On a machine with one GPU both ranks use that: right or wrong they are in the same way, only slow.
+On one GPU both ranks share it: results are the same, only slower.
 """
 
 import contextlib

@@ -53,9 +53,13 @@ def test_choices_come_back(tmp_path):
     assert [each.name for each in file.parent.iterdir()] == ["attention.json"]
 
 
-def test_a_backend_that_fails_is_left_out(tmp_path, monkeypatch, caplog):
+@pytest.mark.parametrize("fallback", [False, True], ids=["beside it", "a fallback"])
+def test_a_backend_that_fails_is_left_out(tmp_path, monkeypatch, caplog, fallback):
     """On a processor that passes for a GPU of its own kind, where only two backends can run at all."""
-    fitting = {name: registry.Backend(name, function, registry.no_refusal) for name, function in FUNCTIONS.items()}
+    fitting = {
+        name: registry.Backend(name, function, registry.no_refusal, fallback=fallback and name == "works")
+        for name, function in FUNCTIONS.items()
+    }
     monkeypatch.setattr(measured.ATTENTION, "backends", fitting)
     monkeypatch.setattr(measured, "choices_file", lambda: tmp_path / "attention.json")
     monkeypatch.setattr(measured, "TOKENS", 64)

@@ -420,8 +420,11 @@ def test_gpus_without_links_draw_together_where_that_is_asked_for(monkeypatch):
 def test_several_machines_as_the_environment_says(monkeypatch):
     for name, value in (("HOSTS", "2"), ("ADDRESS", "10.0.0.1"), ("TOKEN", "known to both")):
         monkeypatch.setenv(f"ZIMAGE_GROUP_{name}", value)
+    begun = []
+    monkeypatch.setattr(multi.current, "begin", lambda setup, owner: begun.append(owner))
     model = ZImageTurboLoader.execute("demo", "auto", "auto", "auto", "multi-gpu")[0]
     assert multi.spread_of(model).setup.hosts == Hosts(2, "10.0.0.1")
+    assert begun == [multi.spread_of(model)], "their start is not waited for by the first picture"
 
 
 def test_teams_leave_no_gpu_idle(monkeypatch):

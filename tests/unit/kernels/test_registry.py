@@ -144,20 +144,26 @@ def test_the_fastest_is_measured_once_per_request_and_remembered(op):
         op.choose("auto", size(3), measure=measure, choices=restored)
 
 
-def test_a_fallback_is_measured_only_where_nothing_else_fits(op):
+def test_a_fallback_is_measured_only_where_nothing_else_runs(op):
     op.register("whatever", abs, no_refusal, fallback=True)
     op.register("either", abs, small_only, fallback=True)
-    choices, seconds = Choices(), {"small": 3.0, "any": 2.0, "whatever": 1.0, "either": 0.5}
+    op.register("late", abs, small_only)
+    seconds, measured = {"small": 3.0, "any": 2.0, "late": 2.5, "whatever": 1.0, "either": 0.5}, []
 
-    def measure(backend):
-        return seconds[backend.name]
+    def chosen(request):
+        measured.clear()
+        return op.choose("auto", request, measure=lambda each: measured.append(each.name) or seconds[each.name]).name
 
-    assert op.choose("auto", size(3), measure=measure, choices=choices).name == "any"
+    assert chosen(size(3)) == "any" and measured == ["small", "any", "late"]
     assert op.choose("whatever", size(3)).name == "whatever"
-    for name in ("small", "rough", "any"):
-        del op.backends[name]
-    assert op.choose("auto", size(3), measure=measure, choices=choices).name == "either"
-    assert op.choose("auto", size(30), measure=measure, choices=choices).name == "whatever"
+    seconds |= dict.fromkeys(("small", "any", "late"), float("inf"))
+    assert chosen(size(3)) == "either"
+    assert chosen(size(30)) == "whatever" and measured == ["any", "whatever"], "a lone one that fails is not taken"
+    del op.backends["any"]
+    assert op.choose("auto", size(30)).name == "whatever"
+    assert op.choose("auto", size(3)).name == "small"
+    del op.backends["small"]
+    assert op.choose("auto", size(3)).name == "late", "registered after the fallbacks"
 
 
 def test_what_torch_chooses_is_not_measured_beside_its_choices():

@@ -62,10 +62,33 @@ def test_a_start_ahead_is_not_waited_for():
         began = time.monotonic()
         current.begin(SETUP, owner)
         assert time.monotonic() - began < 1.0 and current.document()["ranks"] == []
+        deadline = began + AMPLE
+        while current.document()["state"] == coordinator.STARTING and time.monotonic() < deadline:
+            time.sleep(LOOK)
+        assert [rank["ready"] for rank in current.document()["ranks"]] == [True], "nobody has asked for anything"
         group = current.group(SETUP, owner=owner)
         assert group.call("echo", lambda size: {0: "there?"}, AMPLE) and group.document()["starts"] == 1
-        current.begin(Setup(("cpu", "cpu")), owner)
-        assert current.group(SETUP, owner=owner) is group, "others may need the one that is there"
+
+
+def test_a_start_ahead_takes_nothing_from_others(current, monkeypatch):
+    begun = []
+    monkeypatch.setattr(coordinator.Group, "begin", begun.append)
+    group = current.group(SETUP, owner=(first := Owner()))
+    current.begin(Setup(("cpu", "cpu")), Owner())
+    assert current.group(SETUP, owner=first) is group and not begun, "the one that is there may be needed"
+
+
+def test_who_starts_ahead_owns_it(current, pass_by, monkeypatch):
+    """A loader that runs anew, whose MODEL takes another's place."""
+    monkeypatch.setattr(coordinator.Group, "begin", lambda self: None)
+    current.group(SETUP, owner=(before := Owner()))
+    current.begin(SETUP, after := Owner())
+    del before
+    pass_by(MORE)
+    assert lasts(current)
+    del after
+    pass_by(MORE)
+    assert ended(current)
 
 
 @pytest.fixture

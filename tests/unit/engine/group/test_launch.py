@@ -26,6 +26,12 @@ def rank(monkeypatch):
         monkeypatch.delitem(sys.modules, name, raising=False)
 
 
+def exchange(rank, device="cuda:2", devices=SETUP.devices, hosts=None):
+    """Of the second rank."""
+    setup = launch.told(Setup(devices, hosts=hosts), REPORT_TO, None)
+    return rank.exchange(setup, device, 1)
+
+
 def following(words, option):
     return words[words.index(option) + 1]
 
@@ -78,25 +84,24 @@ def test_ranks_give_memory_back_unless_the_user_wants_otherwise(monkeypatch, nam
     assert launch.environment(SETUP, "", "", None)[name] == "7"
 
 
-@pytest.mark.parametrize("name", launch.ALLOCATOR)
-@pytest.mark.parametrize(
-    ("value", "kept"), [("backend:cudaMallocAsync", False), ("expandable_segments:True", True)], ids=["host", "user"]
-)
-def test_the_allocator_that_the_host_chose_for_itself_is_not_theirs(monkeypatch, name, value, kept):
-    """The user's is, and then graphs must not register what ranks exchange."""
+@pytest.mark.parametrize(("value", "kept"), [("backend:cudaMallocAsync", False), ("max_split_size_mb:64", True)])
+@pytest.mark.parametrize("name", ["PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"])
+def test_the_allocator_that_the_host_chose_for_itself_is_not_theirs(rank, monkeypatch, name, value, kept):
     monkeypatch.setenv(name, value)
-    environment = launch.environment(SETUP, "", "", None)
-    assert (name in environment) == kept and (environment.get("NCCL_GRAPH_REGISTER") == "0") == kept
+    rank.take_torchs_allocator()
+    assert (name in rank.os.environ) == kept
+
+
+@pytest.mark.parametrize("name", ["PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"])
+def test_graphs_register_nothing_that_lies_in_pieces(rank, monkeypatch, name):
+    assert "NCCL_GRAPH_REGISTER" not in exchange(rank)
+    monkeypatch.setenv(name, "expandable_segments:True")
+    assert exchange(rank)["NCCL_GRAPH_REGISTER"] == "0"
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the interface has another name")
-def test_ranks_of_one_machine_meet_where_nobody_else_can(monkeypatch):
-    for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
-        monkeypatch.delenv(name, raising=False)
-        assert launch.environment(SETUP, "", "", None)[name] == "lo"
-        assert name not in launch.environment(Setup(("cuda:0",), hosts=Hosts(2, "10.0.0.1", 29500)), "", "", None)
-        monkeypatch.setenv(name, "eth1")
-        assert launch.environment(SETUP, "", "", None)[name] == "eth1"
+def test_ranks_of_one_machine_meet_where_nobody_else_can(rank):
+    assert exchange(rank) == {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
 
 
 @pytest.mark.parametrize(
@@ -114,13 +119,14 @@ def test_a_rank_sees_its_own_gpu_alone(rank, monkeypatch, shown, device, chosen)
 def test_ranks_of_several_machines_exchange_over_the_network_of_their_address(rank, monkeypatch):
     networks = {"lo": [SimpleNamespace(address="127.0.0.1")], "eth1": [SimpleNamespace(address="10.0.0.1")]}
     monkeypatch.setattr(rank.psutil, "net_if_addrs", lambda: networks)
-    assert rank.exchange_by("127.0.0.2") == {}
-    assert rank.exchange_by("10.0.0.1") == {"GLOO_SOCKET_IFNAME": "eth1", "NCCL_SOCKET_IFNAME": "=eth1"}
+    assert exchange(rank, hosts=Hosts(2, "127.0.0.2")) == {}
+    known = exchange(rank, hosts=Hosts(2, "10.0.0.1"))
+    assert known == {"GLOO_SOCKET_IFNAME": "eth1", "NCCL_SOCKET_IFNAME": "=eth1"}
 
 
 def test_ranks_that_share_a_gpu_are_hosts_of_their_own_to_nccl(rank):
-    assert rank.apart(["cuda:0", "cuda:0"], 1, 3) == {"NCCL_HOSTID": "rank 3"}
-    assert rank.apart(["cuda:0", "cuda:1"], 1, 1) == rank.apart(["cpu", "cpu"], 1, 1) == {}
+    assert exchange(rank, "cuda:0", devices=("cuda:0", "cuda:0"))["NCCL_HOSTID"] == "rank 1"
+    assert "NCCL_HOSTID" not in exchange(rank, "cpu", devices=("cpu", "cpu")).keys() | exchange(rank).keys()
 
 
 def test_a_gpu_that_is_not_shown_is_named(rank, monkeypatch):

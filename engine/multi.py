@@ -152,7 +152,7 @@ def _islands(group: Group, asked: bool = False) -> list[list[int]]:
     """The numbers of ranks that fast links join: of this machine's GPUs by NVLink, of its processor all, and all of
     another machine, as what links them is not known here. asked: to have them draw together, also without NVLink."""
     machines: dict[str, dict[int, str]] = {}
-    for number, (machine, device) in group.places().items():
+    for number, (machine, device) in group.places(_interrupted).items():
         machines.setdefault(machine, {})[number] = device
     own = machines.pop(group.setup.address)
     others = [list(ranks) for ranks in machines.values()]

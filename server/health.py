@@ -26,10 +26,11 @@ def document(server) -> dict:
     """
     gpus = gpu_state()
     reason, ranks = fault(), multi_gpu(gpus)
-    degraded = ranks is not None and ranks["state"] in (DEGRADED, FAILED)
-    status = (
-        ("error", reason) if reason else ("degraded", f"multi-gpu: {ranks['reason']}") if degraded else ("ok", None)
-    )
+    status = ("ok", None)
+    if reason:
+        status = "error", reason
+    elif ranks is not None and ranks["state"] in (DEGRADED, FAILED):
+        status = "degraded", f"multi-gpu: {ranks['reason'].removeprefix('multi-gpu ')}"
     return {
         **{name: said for name, said in zip(("status", "reason"), status, strict=True) if said},
         "uptime": round(time.time() - psutil.Process().create_time(), 1),

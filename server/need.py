@@ -17,14 +17,20 @@ FREE_PATHS = ("/free", "/api/free")
 def watch(server) -> None:
     """The processes end a while after a prompt was posted that does without them, and soon after memory is to be freed.
 
-    Another prompt for them that is posted meanwhile keeps them.
+    Another prompt for them that is posted meanwhile keeps them, and so does one that still waits, but where memory is
+    to be freed, or runs: it may load and encode for a while before it asks them.
     """
+
+    def needed(running: bool) -> bool:
+        queues = server.prompt_queue.get_current_queue_volatile()
+        prompts = queues[0] if running else (*queues[0], *queues[1])
+        return any(needs_several(prompt) for _, _, prompt, *_ in prompts)
 
     def posted(body: Any) -> Any:
         if needs_several(body.get("prompt") if isinstance(body, dict) else None):
             current.stay()
         else:
-            current.leave()
+            current.leave(unless=lambda: needed(running=False))
         return body
 
     @web.middleware
@@ -33,7 +39,7 @@ def watch(server) -> None:
         if request.method == "POST" and request.path in FREE_PATHS and response.status == 200:
             asked = await request.json()
             if asked.get("unload_models") or asked.get("free_memory"):
-                current.leave(FREE_SECONDS)
+                current.leave(FREE_SECONDS, lambda: needed(running=True))
         return response
 
     server.add_on_prompt_handler(posted)

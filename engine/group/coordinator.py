@@ -23,6 +23,7 @@ from .team import Limits, Team
 
 STARTING, OK, DEGRADED, FAILED, CLOSED = "starting", "ok", "degraded", "failed", "closed"
 STARTS = 2  # in a row, before a group has failed
+FRESH_SECONDS = 60.0  # for which a failed start ahead is the answer to who asks; later it may be another's
 BARREN_FAULTS = 4  # in a row without a request done: then it is started only when it is wanted
 LOOK_SECONDS = 0.05  # between looks whether the user has interrupted
 Plan = Callable[[int], dict[int, wire.Tree]]
@@ -45,6 +46,8 @@ class Group:
         self._calls, self._used = 0, time.monotonic()
         self._team: Team | None = None
         self._starting: asyncio.Task[Team] | None = None
+        self._heard: asyncio.Task[Team] | None = None  # the start of which a request has waited
+        self._unheard: tuple[GroupError, float] | None = None  # what came of one ahead, and when
         self._ending: asyncio.Task[None] | None = None
         self._closed, self._gate = False, threading.Lock()
         self._starts = self._barren = 0
@@ -60,9 +63,9 @@ class Group:
             return len(self._submit(self._ready()).result().members)
 
     def begin(self) -> None:
-        """`start` without waiting; a failure is the next request's to meet, which tries again."""
+        """`start` without waiting. If it fails before anybody asks, that is the answer to who asks next, and soon."""
         with self._in_use():
-            self._submit(self._ready())
+            self._submit(self._ready(ahead=True))
 
     def call(
         self,
@@ -135,10 +138,14 @@ class Group:
         """When it last worked for somebody, by time.monotonic(): now while it does."""
         return time.monotonic() if self._calls else self._used
 
-    def places(self) -> dict[int, tuple[str, str]]:
-        """The machine's address and the device of each rank, by its number. Starts them if need be, as `start`."""
+    def places(self, check: Callable[[], object] | None = None) -> dict[int, tuple[str, str]]:
+        """The machine's address and the device of each rank, by its number. Starts them if need be, as `start`; what
+        check() raises ends the wait."""
         with self._in_use():
-            return self._submit(self._placed()).result()
+            future, done = self._submit(self._placed()), queue.SimpleQueue()
+            future.add_done_callback(lambda _: done.put(None))
+            _next(done, check)
+            return future.result()
 
     def document(self) -> dict:
         """JSON-ready state, without waiting: `state` is one of the names above, with a reason; times in seconds since
@@ -200,14 +207,24 @@ class Group:
             for number, member in members
         }
 
-    async def _ready(self) -> Team:
-        """The team that works, started if need be. Raises GroupError."""
+    async def _ready(self, ahead: bool = False) -> Team:
+        """The team that works, started if need be. ahead: of a request. Raises GroupError."""
         if self._closed:
             raise _closed()
         if self._starting is None or (self._starting.done() and self._starting.exception()):
+            unheard, self._unheard = self._unheard, None
+            if unheard and not ahead and time.monotonic() - unheard[1] < FRESH_SECONDS:
+                raise unheard[0]
             self._start_over()
+        starting = self._starting
+        if not ahead:
+            self._heard = starting
         try:
-            return await asyncio.shield(self._starting)
+            return await asyncio.shield(starting)
+        except GroupError as error:
+            if ahead and self._heard is not starting:
+                self._unheard = error, time.monotonic()
+            raise
         except asyncio.CancelledError:
             if self._closed:
                 raise _closed() from None
@@ -240,6 +257,7 @@ class Group:
                 await self._brought_up(team)
             except (Fault, Refused, OSError) as error:
                 tail = await asyncio.shield(team.end())
+                self._last_fault = {"what": str(error), "time": time.time()}
                 logging.warning("Z-Image-Turbo: multi-gpu did not start: %s.%s", error, _quoted(tail))
                 if isinstance(error, Fault) and error.kind == DEVICE:
                     broken[error.device] = str(error)

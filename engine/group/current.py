@@ -8,6 +8,7 @@ import logging
 import threading
 import time
 import weakref
+from collections.abc import Callable
 
 from .coordinator import Group
 from .launch import Setup
@@ -31,7 +32,7 @@ class Current:
         self._ended = threading.Event()
         self._owners: list[weakref.ref] = []
         self._owned = self._asked = 0.0  # when an owner was last seen, when the group was last asked for
-        self._left: tuple[float, float] | None = None
+        self._left: tuple[float, float, Callable[[], bool]] | None = None
 
     def group(self, setup: Setup, limits: Limits | None = None, owner: object = None) -> Group:
         """The group of this setup. One of another, as of fewer GPUs, ends first: its requests fail.
@@ -48,10 +49,10 @@ class Current:
             if self._group is None or self._group.setup == setup:
                 self._taken(setup, None, owner).begin()
 
-    def leave(self, seconds: float | None = None) -> None:
+    def leave(self, seconds: float | None = None, unless: Callable[[], bool] = lambda: False) -> None:
         """Nobody needs the group now, owner or not: it ends when for so many seconds nobody has asked it for anything;
-        None: GRACE_SECONDS."""
-        self._left = time.monotonic(), self._grace if seconds is None else seconds
+        None: GRACE_SECONDS. Not as long as `unless`, which is asked from then on, on a thread of the group's."""
+        self._left = time.monotonic(), self._grace if seconds is None else seconds, unless
 
     def stay(self) -> None:
         """It is needed after all: take back `leave`."""
@@ -102,8 +103,8 @@ class Current:
         if not self._owners or any(each() is not None for each in self._owners):
             self._owned = now
         if self._left is not None:
-            since, seconds = self._left
-            if now - max(since, used) >= seconds:
+            since, seconds, unless = self._left
+            if now - max(since, used) >= seconds and not unless():
                 return True
         return now - max(self._owned, used) >= self._grace
 

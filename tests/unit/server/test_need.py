@@ -1,7 +1,9 @@
 """What the server is asked, and whether the processes of multi-gpu stay for it."""
 
 import re
+from types import SimpleNamespace
 
+import execution
 import pytest
 import pytest_asyncio
 from aiohttp import web
@@ -20,7 +22,8 @@ class Recorder:
     def stay(self):
         self.told.append("stay")
 
-    def leave(self, *seconds):
+    def leave(self, *seconds_and_unless, unless=None):
+        *seconds, self.unless = (*seconds_and_unless, *([unless] if unless else []))
         self.told.append(("leave", *seconds))
 
 
@@ -29,13 +32,19 @@ class Host:
 
     def __init__(self):
         self.app, self.handlers = web.Application(), []
+        self.prompt_queue = execution.PromptQueue(SimpleNamespace(queue_updated=lambda: None))
         self.add_on_prompt_handler = self.handlers.append
 
 
 @pytest.fixture
-def told(monkeypatch):
+def recorder(monkeypatch):
     recorder = Recorder()
     monkeypatch.setattr(need, "current", recorder)
+    return recorder
+
+
+@pytest.fixture
+def told(recorder):
     return recorder.told
 
 
@@ -65,10 +74,30 @@ def test_prompts(told, prompt, stays):
     assert posted([]) == [], "what is no prompt at all is for the host to refuse"
 
 
-@pytest_asyncio.fixture
-async def client():
+async def test_what_waits_or_runs_keeps_them(recorder, host, client):
+    """Also behind others in the queue; a user who wants memory gets it from what only waits."""
+    for number, device in enumerate(("auto", "multi-gpu", "auto")):
+        host.prompt_queue.put((number, str(number), loader(device), {}, [], {}))
+    kept = []
+    for _ in range(3):
+        host.handlers[0]({"prompt": loader("auto")})
+        _, running = host.prompt_queue.get()
+        unless = recorder.unless
+        await client.post("/free", json={"unload_models": True})
+        kept.append((unless(), recorder.unless()))
+        host.prompt_queue.task_done(running, {}, None)
+    assert kept == [(True, False), (True, True), (False, False)]
+
+
+@pytest.fixture
+def host():
     host = Host()
     need.watch(host)
+    return host
+
+
+@pytest_asyncio.fixture
+async def client(host):
 
     async def free(request):
         return web.Response(status=200 if isinstance(await request.json(), dict) else 400)

@@ -136,16 +136,41 @@ def test_a_group_without_any_device_fails_and_says_why():
         assert made.document()["state"] == coordinator.FAILED
 
 
-def test_a_start_ahead_that_failed_is_tried_again_by_who_asks():
+def test_a_start_ahead_that_failed_is_told_to_who_asks_and_then_tried_again():
     there = []
     with running(devices=lambda: there) as made:
         made.begin()
         end = time.monotonic() + AMPLE
         while made.document()["state"] != coordinator.FAILED and time.monotonic() < end:
             time.sleep(0.01)
-        assert "none of the devices asked for is there" in made.document()["reason"]
+        there.append("cpu")
+        with pytest.raises(GroupError, match="none of the devices asked for is there"):
+            made.start()
+        assert made.start() == 1
+
+
+def test_a_start_ahead_that_failed_long_ago_is_tried_again(monkeypatch):
+    monkeypatch.setattr(coordinator, "FRESH_SECONDS", 0.0)
+    there = []
+    with running(devices=lambda: there) as made:
+        made.begin()
+        end = time.monotonic() + AMPLE
+        while made.document()["state"] != coordinator.FAILED and time.monotonic() < end:
+            time.sleep(0.01)
         there.append("cpu")
         assert made.start() == 1
+
+
+def test_who_asks_where_ranks_are_need_not_wait_for_their_start():
+    def interrupted():
+        raise KeyboardInterrupt
+
+    with running() as made:
+        began = time.monotonic()
+        with pytest.raises(KeyboardInterrupt):
+            made.places(interrupted)
+        assert time.monotonic() - began < 1.0
+        assert len(made.places()) == 2 and made.document()["starts"] == 1
 
 
 # --- Work ---

@@ -144,6 +144,16 @@ def test_what_was_left_by_all_ends_though_an_owner_lives(current, pass_by):
     assert ended(current)
 
 
+def test_what_was_left_stays_while_something_holds_it(current, pass_by):
+    holding = [True]
+    current.group(SETUP, owner=(owner := Owner()))
+    current.leave(1.0, unless=lambda: bool(holding))
+    pass_by(MORE)
+    assert lasts(current)
+    holding.clear()
+    assert ended(current) and owner
+
+
 def test_each_request_puts_the_end_off(current, pass_by):
     owner = Owner()
     group = current.group(SETUP, owner=owner)

@@ -15,7 +15,7 @@ import comfy.model_management as management
 import torch
 from comfy.text_encoders.z_image import Qwen3_4BModel
 
-from . import qwen
+from . import layouts, qwen
 from .graphs import Graphs
 from .pool import Pool, Shape
 from .recent import Recent
@@ -82,8 +82,9 @@ class TurboTextEncoder(Qwen3_4BModel):
                 self.forwards[REPLAYED] += 1
                 return states[:, :count]
         if not self.forwards[FAST]:
-            others = (length for length in LENGTHS if length != inputs.shape[1])
-            run = rehearsed(run, device, [self._empty(length, inputs) for length in others])
+            # Weights that are not there would be copied for each rehearsal.
+            few = weights is not None and layouts.is_int4(model.layers[0].mlp.down_proj.weight)
+            run = rehearsed(run, device, [self._empty(length, inputs) for length in LENGTHS if few])
         self.forwards[FAST] += 1
         return with_room(run, inputs, table)[:, :count]
 

@@ -18,7 +18,7 @@ import torch
 from .compiling import KERNELS, knobs
 
 MOST_THREADS = 16
-LENGTHS = (32, 64, 96)  # of padded prompts: each kind of INT4 product, which are of up to 32, 64 and more rows
+LENGTHS = (32, 64, 96)  # of padded prompts: each kind of product with INT4 weights, of up to 32, 64 and more rows
 
 
 class Rehearsal:

@@ -98,7 +98,8 @@ class TurboNextDiT(NextDiT):
         refine = functools.partial(forward.refine_caption, self)
         compute = forward.Compute(context.dtype, self.attention)
         if not self.forwards[FAST]:
-            others = [(context.new_zeros(1, length, context.shape[2]), compute) for length in LENGTHS]
+            few = layouts.is_int4(self.context_refiner[0].attention.qkv.weight)
+            others = [(context.new_zeros(1, length, context.shape[2]), compute) for length in LENGTHS if few]
             refine = rehearsed(refine, context.device, others)
         if lengths is None:
             return [refine(context, compute)]

@@ -405,14 +405,14 @@ NVLINKED = Topology(tuple(Gpu(index, "", "", None) for index in range(4)), froze
 def test_islands_are_of_the_ranks_that_there_are(monkeypatch, places, islands):
     monkeypatch.setattr(multi.topology, "read", lambda: NVLINKED)
     setup = SimpleNamespace(address="here")
-    group = SimpleNamespace(setup=setup, places=lambda: dict(enumerate(places)))
+    group = SimpleNamespace(setup=setup, places=lambda check: dict(enumerate(places)))
     assert sorted(multi._islands(group)) == sorted(islands)
 
 
 def test_gpus_without_links_draw_together_where_that_is_asked_for(monkeypatch):
     monkeypatch.setattr(multi.topology, "read", lambda: Topology(NVLINKED.gpus))
     places = {number: ("here", f"cuda:{number}") for number in range(4)} | {4: ("there", ""), 5: ("there", "")}
-    group = SimpleNamespace(setup=SimpleNamespace(address="here"), places=lambda: places)
+    group = SimpleNamespace(setup=SimpleNamespace(address="here"), places=lambda check: places)
     assert multi._islands(group, asked=True) == [[0, 1, 2, 3], [4, 5]]
     assert multi._islands(group) == [[0], [1], [2], [3], [4, 5]]
 

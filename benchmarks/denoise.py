@@ -221,7 +221,7 @@ class Benchmark:
         row = {"what": name, "size": size, "batch": batch, "error": round(error, 5), "bound": limit, "gate": held}
         row |= more
         if held:
-            # two calls more before anything is timed: the third of a shape is the one that captures ours
+            # two calls more before anything is timed: the second of a shape captures ours
             run(), run()
             row |= spread("forward", milliseconds(run, most=15, seconds=0.8))
             row |= spread("denoise", milliseconds(lambda: [run() for _ in range(STEPS)], fewest=1, seconds=4))

@@ -42,7 +42,7 @@ def attention_backend(
     if name != "auto" or not measured_on(device):
         return ATTENTION.choose(name, request, allowed_error=allowed_error).name
     file, choices = choices_file(), read(choices_file())
-    known, failed = dict(choices.names), []
+    known, short = dict(choices.names), []
 
     @functools.cache
     def tensors() -> list[torch.Tensor]:
@@ -59,13 +59,14 @@ def attention_backend(
         except Exception as error:  # of a package or GPU that we have not seen: the others can still be taken
             reason = str(error).partition("\n")[0]
             logging.warning("Z-Image-Turbo: attention by %s fails on %s: %s", backend.name, device, reason)
-            failed.append(backend.name)
+            if isinstance(error, torch.OutOfMemoryError):
+                short.append(backend.name)
             return math.inf
         logging.info("Z-Image-Turbo: attention by %s takes %.2f ms on %s.", backend.name, seconds * 1000, device)
         return seconds
 
     chosen = ATTENTION.choose("auto", request, allowed_error=allowed_error, measure=measure, choices=choices).name
-    if choices.names != known and not failed:  # what failed for want of memory may do better the next time
+    if choices.names != known and not short:  # what failed for want of memory may do better the next time
         write(file, choices)
     return chosen
 

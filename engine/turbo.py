@@ -97,17 +97,20 @@ class TurboNextDiT(NextDiT):
     ) -> list[torch.Tensor]:
         refine = functools.partial(forward.refine_caption, self)
         compute = forward.Compute(context.dtype, self.attention)
-        if not self.forwards[FAST]:
-            few = layouts.is_int4(self.context_refiner[0].attention.qkv.weight)
-            others = [(context.new_zeros(1, length, context.shape[2]), compute) for length in LENGTHS if few]
-            refine = rehearsed(refine, context.device, others)
-        if lengths is None:
-            return [refine(context, compute)]
-        refined = []
-        for numbers in groups:
-            own = [lengths[number] for number in numbers]
-            refined.append(refine(rows.take(context, numbers)[:, : max(own)], compute, own))
-        return refined
+        given = [(context, compute)]
+        if lengths is not None:
+            own = [[lengths[number] for number in numbers] for numbers in groups]
+            given = [
+                (rows.take(context, numbers)[:, : max(those)], compute, those)
+                for numbers, those in zip(groups, own, strict=True)
+            ]
+        if self.forwards[FAST]:
+            return [refine(*each) for each in given]
+        few = layouts.is_int4(self.context_refiner[0].attention.qkv.weight)
+        others = [(context.new_zeros(1, length, context.shape[2]), compute) for length in LENGTHS if few]
+        first, *later = given
+        others += later
+        return [rehearsed(refine, context.device, others)(*first), *(refine(*each) for each in later)]
 
     def compute(self, x: torch.Tensor) -> forward.Compute:
         """How a latent of x's type is computed where x lies."""

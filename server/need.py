@@ -21,16 +21,15 @@ def watch(server) -> None:
     to be freed, or runs: it may load and encode for a while before it asks them.
     """
 
-    def needed(running: bool) -> bool:
-        queues = server.prompt_queue.get_current_queue_volatile()
-        prompts = queues[0] if running else (*queues[0], *queues[1])
-        return any(needs_several(prompt) for _, _, prompt, *_ in prompts)
+    def wanted(waiting: bool) -> bool:
+        running, queued = server.prompt_queue.get_current_queue_volatile()
+        return any(needs_several(prompt) for _, _, prompt, *_ in (*running, *(queued if waiting else ())))
 
     def posted(body: Any) -> Any:
         if needs_several(body.get("prompt") if isinstance(body, dict) else None):
             current.stay()
         else:
-            current.leave(unless=lambda: needed(running=False))
+            current.leave()
         return body
 
     @web.middleware
@@ -39,9 +38,10 @@ def watch(server) -> None:
         if request.method == "POST" and request.path in FREE_PATHS and response.status == 200:
             asked = await request.json()
             if asked.get("unload_models") or asked.get("free_memory"):
-                current.leave(FREE_SECONDS, lambda: needed(running=True))
+                current.leave(FREE_SECONDS, waiting=False)
         return response
 
+    current.wanted = wanted
     server.add_on_prompt_handler(posted)
     server.app.middlewares.append(freed)
 

@@ -46,8 +46,8 @@ class Group:
         self._calls, self._used = 0, time.monotonic()
         self._team: Team | None = None
         self._starting: asyncio.Task[Team] | None = None
-        self._heard: asyncio.Task[Team] | None = None  # the start of which a request has waited
-        self._unheard: tuple[GroupError, float] | None = None  # what came of one ahead, and when
+        self._heard: asyncio.Task[Team] | None = None  # the start whose failure a request was told
+        self._unheard: tuple[GroupError, float] | None = None  # that of one which nobody was, and when
         self._ending: asyncio.Task[None] | None = None
         self._closed, self._gate = False, threading.Lock()
         self._starts = self._barren = 0
@@ -144,7 +144,11 @@ class Group:
         with self._in_use():
             future, done = self._submit(self._placed()), queue.SimpleQueue()
             future.add_done_callback(lambda _: done.put(None))
-            _next(done, check)
+            try:
+                _next(done, check)
+            except BaseException:
+                future.cancel()
+                raise
             return future.result()
 
     def document(self) -> dict:
@@ -217,12 +221,12 @@ class Group:
                 raise unheard[0]
             self._start_over()
         starting = self._starting
-        if not ahead:
-            self._heard = starting
         try:
             return await asyncio.shield(starting)
         except GroupError as error:
-            if ahead and self._heard is not starting:
+            if not ahead:
+                self._heard, self._unheard = starting, None
+            elif self._heard is not starting and self._starting is starting:
                 self._unheard = error, time.monotonic()
             raise
         except asyncio.CancelledError:
@@ -231,6 +235,7 @@ class Group:
             raise
 
     def _start_over(self) -> None:
+        self._unheard = None
         self._starting = asyncio.get_running_loop().create_task(self._start())
         self._starting.add_done_callback(self._started)
 
@@ -259,7 +264,7 @@ class Group:
                 tail = await asyncio.shield(team.end())
                 self._last_fault = {"what": str(error), "time": time.time()}
                 logging.warning("Z-Image-Turbo: multi-gpu did not start: %s.%s", error, _quoted(tail))
-                if isinstance(error, Fault) and error.kind == DEVICE:
+                if isinstance(error, Fault) and error.kind == DEVICE and error.device in devices:
                     broken[error.device] = str(error)
                 else:
                     failed.append(str(error))

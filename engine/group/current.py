@@ -32,7 +32,9 @@ class Current:
         self._ended = threading.Event()
         self._owners: list[weakref.ref] = []
         self._owned = self._asked = 0.0  # when an owner was last seen, when the group was last asked for
-        self._left: tuple[float, float, Callable[[], bool]] | None = None
+        self._left: tuple[float, float, bool] | None = None
+        # Whether a prompt for the group runs, or waits where that is asked: as the server knows, if there is one.
+        self.wanted: Callable[[bool], bool] = lambda waiting: False
 
     def group(self, setup: Setup, limits: Limits | None = None, owner: object = None) -> Group:
         """The group of this setup. One of another, as of fewer GPUs, ends first: its requests fail.
@@ -44,15 +46,17 @@ class Current:
 
     def begin(self, setup: Setup, owner: object) -> None:
         """Have ranks started for whoever asks for `group` next, unless those of another setup run, which may be needed.
-        Does not wait; what goes wrong, that request is told."""
+        Waits for a group that ends, not for ranks; what goes wrong, that request is told."""
         with self._turn:
             if self._group is None or self._group.setup == setup:
                 self._taken(setup, None, owner).begin()
 
-    def leave(self, seconds: float | None = None, unless: Callable[[], bool] = lambda: False) -> None:
-        """Nobody needs the group now, owner or not: it ends when for so many seconds nobody has asked it for anything;
-        None: GRACE_SECONDS. Not as long as `unless`, which is asked from then on, on a thread of the group's."""
-        self._left = time.monotonic(), self._grace if seconds is None else seconds, unless
+    def leave(self, seconds: float | None = None, waiting: bool = True) -> None:
+        """Nobody needs the group now, owner or not: it ends when for so many seconds (None: GRACE_SECONDS) nobody has
+        asked it for anything, once no prompt for it runs, or waits if that shall keep it. A sooner end stands."""
+        seconds, left = self._grace if seconds is None else seconds, self._left
+        if left is None or seconds < left[1]:
+            self._left = time.monotonic(), seconds, waiting
 
     def stay(self) -> None:
         """It is needed after all: take back `leave`."""
@@ -102,11 +106,12 @@ class Current:
         now, used = time.monotonic(), max(group.used(), self._asked)
         if not self._owners or any(each() is not None for each in self._owners):
             self._owned = now
-        if self._left is not None:
-            since, seconds, unless = self._left
-            if now - max(since, used) >= seconds and not unless():
+        left = self._left
+        if left is not None:
+            since, seconds, waiting = left
+            if now - max(since, used) >= seconds and not self.wanted(waiting):
                 return True
-        return now - max(self._owned, used) >= self._grace
+        return now - max(self._owned, used) >= self._grace and not self.wanted(True)
 
 
 current = Current()

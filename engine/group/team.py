@@ -216,15 +216,15 @@ class Team:
     async def _report(self, request: web.Request) -> web.Response:
         """A rank says where it is, or why it cannot start."""
         told = await request.json()
+        here = told["address"] == self.setup.address
+        device = told["device"] if here else f"{told['device']} at {told['address']}"
         if "fault" in told:
-            self.fail(Fault(told["kind"], told["fault"], told["rank"], told["device"]))
+            self.fail(Fault(told["kind"], told["fault"], told["rank"], device))
             return web.Response()
-        here = told["url"].startswith(f"http://{self.setup.address}:")
         try:
             process = psutil.Process(told["pid"]) if here else None
         except psutil.NoSuchProcess:  # it ended while it reported: `_watch` will see
             return web.Response()
-        device = told["device"] if here else f"{told['device']} at {told['url']}"
         member = Member(told["rank"], device, told["url"], process, told["shares"])
         self.members[member.number] = member
         self._task(self._listen(member))

@@ -33,6 +33,7 @@ def main() -> None:
     def report(**facts) -> None:
         """Say facts about this rank to the coordinator. Raises OSError where nobody hears it."""
         about = {"rank": rank, "size": int(os.environ["WORLD_SIZE"]), "pid": os.getpid(), "device": device}
+        about["address"] = setup["address"]
         headers = {"Authorization": f"Bearer {token}", "Content-Type": "application/json"}
         body = json.dumps(about | facts).encode()
         _direct.open(urllib.request.Request(setup["report_to"], body, headers), timeout=REPORT_SECONDS).close()
@@ -52,8 +53,9 @@ def main() -> None:
 def take_torchs_allocator() -> None:
     """CUDA's own, which the host chooses for itself, has no memory pools that graphs could share."""
     for name in ALLOCATOR:
-        if "cudaMallocAsync" in os.environ.get(name, ""):
-            del os.environ[name]
+        settings = os.environ.pop(name, "").split(",")
+        if kept := ",".join(each for each in settings if "cudaMallocAsync" not in each):
+            os.environ[name] = kept
 
 
 def exchange(setup: dict, device: str, rank: int) -> dict[str, str]:

@@ -45,8 +45,10 @@ async def test_at_work_it_says_what_runs_and_how_far_it_is(comfy):
     prompt_id = await comfy.queue(turbo(seed=20, steps=CANCELLED_STEPS))
     waiting = await comfy.queue(turbo(seed=21, steps=1))
     steps = []
-    for _ in range(3):  # each look comes after another step was told
-        await comfy.hear("progress", prompt_id=prompt_id, node=SAMPLER)
+    for _ in range(3):  # each look comes after a step was told that the one before has not seen
+        heard = 0
+        while heard <= max(steps, default=0):
+            heard = (await comfy.hear("progress", prompt_id=prompt_id, node=SAMPLER)).data["value"]
         state = await comfy.get("/health")
         assert state["status"] == "ok"
         assert (state["queue"]["running"], state["queue"]["pending"]) == (1, 1)

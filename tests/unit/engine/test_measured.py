@@ -67,6 +67,22 @@ def test_a_backend_that_fails_is_left_out(tmp_path, monkeypatch, caplog, fallbac
     monkeypatch.setattr(measured, "measured_on", lambda device: True)
     assert measured.attention_backend("auto", CPU, torch.float32, 2, 64, 0.0) == "works"
     assert "attention by breaks fails on cpu: no such GPU" in caplog.text
+    assert list(measured.read(tmp_path / "attention.json").names.values()) == ["works"]
+
+
+def test_what_failed_for_want_of_memory_is_measured_again(tmp_path, monkeypatch):
+    def short(*_):
+        raise torch.OutOfMemoryError("a want of memory")
+
+    functions = FUNCTIONS | {"breaks": short}
+    fitting = {name: registry.Backend(name, function, registry.no_refusal) for name, function in functions.items()}
+    monkeypatch.setattr(measured.ATTENTION, "backends", fitting)
+    monkeypatch.setattr(measured, "choices_file", lambda: tmp_path / "attention.json")
+    monkeypatch.setattr(measured, "TOKENS", 64)
+    monkeypatch.setattr(AttentionRequest, "key", "this machine")
+    monkeypatch.setattr(measured, "measured_on", lambda device: True)
+    assert measured.attention_backend("auto", CPU, torch.float32, 2, 64, 0.0) == "works"
+    assert not (tmp_path / "attention.json").exists()
 
 
 class Third(sequence.Ranks):

@@ -22,9 +22,8 @@ class Recorder:
     def stay(self):
         self.told.append("stay")
 
-    def leave(self, *seconds_and_unless, unless=None):
-        *seconds, self.unless = (*seconds_and_unless, *([unless] if unless else []))
-        self.told.append(("leave", *seconds))
+    def leave(self, *seconds, waiting=True):
+        self.told.append(("leave", *seconds, *([] if waiting else ["what waits too"])))
 
 
 class Host:
@@ -74,19 +73,16 @@ def test_prompts(told, prompt, stays):
     assert posted([]) == [], "what is no prompt at all is for the host to refuse"
 
 
-async def test_what_waits_or_runs_keeps_them(recorder, host, client):
-    """Also behind others in the queue; a user who wants memory gets it from what only waits."""
+def test_which_prompts_want_them(recorder, host):
+    """Also behind others in the queue."""
     for number, device in enumerate(("auto", "multi-gpu", "auto")):
         host.prompt_queue.put((number, str(number), loader(device), {}, [], {}))
-    kept = []
+    wanted = []
     for _ in range(3):
-        host.handlers[0]({"prompt": loader("auto")})
         _, running = host.prompt_queue.get()
-        unless = recorder.unless
-        await client.post("/free", json={"unload_models": True})
-        kept.append((unless(), recorder.unless()))
+        wanted.append((recorder.wanted(True), recorder.wanted(False)))
         host.prompt_queue.task_done(running, {}, None)
-    assert kept == [(True, False), (True, True), (False, False)]
+    assert wanted == [(True, False), (True, True), (False, False)]
 
 
 @pytest.fixture
@@ -113,7 +109,7 @@ async def client(host):
 )
 async def test_memory_that_is_to_be_free(told, client, asked, leaves):
     await client.post("/free", json=asked)
-    assert told == ([("leave", FREE_SECONDS)] if leaves else [])
+    assert told == ([("leave", FREE_SECONDS, "what waits too")] if leaves else [])
 
 
 @pytest.mark.parametrize(

@@ -144,13 +144,28 @@ def test_what_was_left_by_all_ends_though_an_owner_lives(current, pass_by):
     assert ended(current)
 
 
-def test_what_was_left_stays_while_something_holds_it(current, pass_by):
-    holding = [True]
+@pytest.mark.parametrize("waiting", [True, False])
+def test_prompts_that_want_it_keep_it(current, pass_by, waiting):
+    """After a request for memory only those that run; and beyond the last owner, which the host may drop before."""
+    prompts = {"running", "waiting"}
+    current.wanted = lambda waiting: "running" in prompts or (waiting and "waiting" in prompts)
     current.group(SETUP, owner=(owner := Owner()))
-    current.leave(1.0, unless=lambda: bool(holding))
+    current.leave(1.0, waiting)
+    del owner
     pass_by(MORE)
     assert lasts(current)
-    holding.clear()
+    prompts.discard("running")
+    assert lasts(current) if waiting else ended(current)
+    prompts.discard("waiting")
+    assert ended(current)
+
+
+def test_a_sooner_end_stands(current, pass_by):
+    """Whoever asked for memory gets it, though prompts without several GPUs follow."""
+    current.group(SETUP, owner=(owner := Owner()))
+    current.leave(1.0)
+    current.leave()
+    pass_by(1.0)
     assert ended(current) and owner
 
 

@@ -17,6 +17,7 @@ RENAMED = (
     (".attention.k_norm.", ".attention.norm_k."),
 )
 QKV = ".attention.qkv."
+CUDNN_FIRST = ((9, 0), (10, 0))  # compute capabilities of GPUs on which torch by itself attends by cuDNN
 
 
 def installed() -> bool:
@@ -27,9 +28,6 @@ def version() -> str:
     import diffusers
 
     return diffusers.__version__
-
-
-CUDNN_FIRST = ((9, 0), (10, 0))  # compute capabilities of GPUs on which torch by itself attends by cuDNN
 
 
 @contextlib.contextmanager

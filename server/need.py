@@ -17,8 +17,8 @@ FREE_PATHS = ("/free", "/api/free")
 def watch(server) -> None:
     """The processes end a while after a prompt was posted that does without them, and soon after memory is to be freed.
 
-    Another prompt for them that is posted meanwhile keeps them, and so does one that still waits, but where memory is
-    to be freed, or runs: it may load and encode for a while before it asks them.
+    Another prompt for them that is posted meanwhile keeps them. So does one that runs, as it may load and encode for a
+    while before it asks them; and one that waits, unless memory is to be freed.
     """
 
     def wanted(waiting: bool) -> bool:

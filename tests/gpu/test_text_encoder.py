@@ -62,7 +62,7 @@ def test_within_twice_the_error_of_bf16(clip):
 
 
 def test_a_first_prompt_has_the_kernels_of_all_lengths_compiled(file, monkeypatch):
-    """In INT4 there are others for few tokens: one after another they took 2.6 s of the second picture."""
+    """In INT4 there are others for few tokens, which a later prompt would wait for, one after another."""
     clip = text.load_text_encoder(file, torch.device("cuda:0"), precision="int4")
     clip.load_model()
     clip.cond_stage_model.set_clip_options({"execution_device": torch.device("cuda:0")})

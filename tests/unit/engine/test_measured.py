@@ -53,36 +53,38 @@ def test_choices_come_back(tmp_path):
     assert [each.name for each in file.parent.iterdir()] == ["attention.json"]
 
 
-@pytest.mark.parametrize("fallback", [False, True], ids=["beside it", "a fallback"])
-def test_a_backend_that_fails_is_left_out(tmp_path, monkeypatch, caplog, fallback):
-    """On a processor that passes for a GPU of its own kind, where only two backends can run at all."""
-    fitting = {
-        name: registry.Backend(name, function, registry.no_refusal, fallback=fallback and name == "works")
-        for name, function in FUNCTIONS.items()
-    }
-    monkeypatch.setattr(measured.ATTENTION, "backends", fitting)
+@pytest.fixture
+def chosen(tmp_path, monkeypatch):
+    """Chooses on a processor that passes for a GPU of its own kind, where only "works" and another backend can run at
+    all; and gives what is remembered of that."""
     monkeypatch.setattr(measured, "choices_file", lambda: tmp_path / "attention.json")
     monkeypatch.setattr(measured, "TOKENS", 64)
     monkeypatch.setattr(AttentionRequest, "key", "this machine")
     monkeypatch.setattr(measured, "measured_on", lambda device: True)
-    assert measured.attention_backend("auto", CPU, torch.float32, 2, 64, 0.0) == "works"
+
+    def choose(functions, fallbacks=()):
+        fitting = {
+            name: registry.Backend(name, function, registry.no_refusal, fallback=name in fallbacks)
+            for name, function in functions.items()
+        }
+        monkeypatch.setattr(measured.ATTENTION, "backends", fitting)
+        assert measured.attention_backend("auto", CPU, torch.float32, 2, 64, 0.0) == "works"
+        return measured.read(tmp_path / "attention.json").names
+
+    return choose
+
+
+@pytest.mark.parametrize("fallbacks", [(), ("works",)], ids=["beside it", "a fallback"])
+def test_a_backend_that_fails_is_left_out(chosen, caplog, fallbacks):
+    assert list(chosen(FUNCTIONS, fallbacks).values()) == ["works"]
     assert "attention by breaks fails on cpu: no such GPU" in caplog.text
-    assert list(measured.read(tmp_path / "attention.json").names.values()) == ["works"]
 
 
-def test_what_failed_for_want_of_memory_is_measured_again(tmp_path, monkeypatch):
+def test_what_failed_for_want_of_memory_is_measured_again(chosen):
     def short(*_):
         raise torch.OutOfMemoryError("a want of memory")
 
-    functions = FUNCTIONS | {"breaks": short}
-    fitting = {name: registry.Backend(name, function, registry.no_refusal) for name, function in functions.items()}
-    monkeypatch.setattr(measured.ATTENTION, "backends", fitting)
-    monkeypatch.setattr(measured, "choices_file", lambda: tmp_path / "attention.json")
-    monkeypatch.setattr(measured, "TOKENS", 64)
-    monkeypatch.setattr(AttentionRequest, "key", "this machine")
-    monkeypatch.setattr(measured, "measured_on", lambda device: True)
-    assert measured.attention_backend("auto", CPU, torch.float32, 2, 64, 0.0) == "works"
-    assert not (tmp_path / "attention.json").exists()
+    assert chosen(FUNCTIONS | {"breaks": short}) == {}
 
 
 class Third(sequence.Ranks):

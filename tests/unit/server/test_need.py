@@ -23,7 +23,7 @@ class Recorder:
         self.told.append("stay")
 
     def leave(self, *seconds, waiting=True):
-        self.told.append(("leave", *seconds, *([] if waiting else ["what waits too"])))
+        self.told.append(("leave", *seconds) if waiting else ("leave", *seconds, "whatever waits"))
 
 
 class Host:
@@ -94,7 +94,6 @@ def host():
 
 @pytest_asyncio.fixture
 async def client(host):
-
     async def free(request):
         return web.Response(status=200 if isinstance(await request.json(), dict) else 400)
 
@@ -109,7 +108,7 @@ async def client(host):
 )
 async def test_memory_that_is_to_be_free(told, client, asked, leaves):
     await client.post("/free", json=asked)
-    assert told == ([("leave", FREE_SECONDS, "what waits too")] if leaves else [])
+    assert told == ([("leave", FREE_SECONDS, "whatever waits")] if leaves else [])
 
 
 @pytest.mark.parametrize(

@@ -136,7 +136,9 @@ def test_a_group_without_any_device_fails_and_says_why():
         assert made.document()["state"] == coordinator.FAILED
 
 
-def test_a_start_ahead_that_failed_is_told_to_who_asks_and_then_tried_again():
+@pytest.fixture
+def failed_ahead():
+    """A group whose start ahead found no device; there is one now."""
     there = []
     with running(devices=lambda: there) as made:
         made.begin()
@@ -144,21 +146,18 @@ def test_a_start_ahead_that_failed_is_told_to_who_asks_and_then_tried_again():
         while made.document()["state"] != coordinator.FAILED and time.monotonic() < end:
             time.sleep(0.01)
         there.append("cpu")
-        with pytest.raises(GroupError, match="none of the devices asked for is there"):
-            made.start()
-        assert made.start() == 1
+        yield made
 
 
-def test_a_start_ahead_that_failed_long_ago_is_tried_again(monkeypatch):
+def test_a_start_ahead_that_failed_is_told_to_who_asks_and_then_tried_again(failed_ahead):
+    with pytest.raises(GroupError, match="none of the devices asked for is there"):
+        failed_ahead.start()
+    assert failed_ahead.start() == 1
+
+
+def test_a_start_ahead_that_failed_long_ago_is_tried_again(failed_ahead, monkeypatch):
     monkeypatch.setattr(coordinator, "FRESH_SECONDS", 0.0)
-    there = []
-    with running(devices=lambda: there) as made:
-        made.begin()
-        end = time.monotonic() + AMPLE
-        while made.document()["state"] != coordinator.FAILED and time.monotonic() < end:
-            time.sleep(0.01)
-        there.append("cpu")
-        assert made.start() == 1
+    assert failed_ahead.start() == 1
 
 
 def test_who_asks_where_ranks_are_need_not_wait_for_their_start():

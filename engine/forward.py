@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 import torch
 from comfy.ldm.lumina.model import FeedForward, JointAttention, JointTransformerBlock, NextDiT, pos_ids_x
+from comfy.quant_ops import QuantizedTensor
 
 from ..kernels import attention, norm, rope, swiglu
 from ..kernels.arguments import FLOATS
@@ -336,9 +337,13 @@ def feed_forward(module: FeedForward, y: Rows, compute: Compute, expanded: Expan
 
 
 def feed_forward_at_once(module: FeedForward, y: Rows, factor: float, expanded: Expanded, sums: bool) -> Half:
-    gate, value = project(module.w1, y, expanded), project(module.w3, y, expanded)
-    shape, quantise = gate.shape, takes_rows(module.w2)
+    w1, w3, quantise = module.w1, module.w3, takes_rows(module.w2)
+    if not quantise and is_plain(w1, y) and is_plain(w3, y):
+        h = swiglu.linear(y.flatten(0, 1), w1.weight, w3.weight, factor)
+        return project(module.w2, h.unflatten(0, y.shape[:2]), expanded, sums)
+    gate, value = project(w1, y, expanded), project(w3, y, expanded)
     h = swiglu.silu_mul(gate.flatten(0, 1), value.flatten(0, 1), quantise, factor)
+    shape = gate.shape
     return project(module.w2, (h[0].view(shape), h[1]) if quantise else h.view(shape), expanded, sums)
 
 
@@ -369,6 +374,13 @@ def splits(linear: torch.nn.Module, y: Rows) -> bool:
     weight, codes = linear.weight, y[0] if isinstance(y, tuple) else y
     as_it_is = linear.bias is None and unchanged_weights([linear]) is not None
     return as_it_is and weight.device == codes.device and (isinstance(y, tuple) or weight.dtype == y.dtype)
+
+
+def is_plain(linear: torch.nn.Module, y: Rows) -> bool:
+    """Whether a linear of y is nothing but the product of two plain tensors, and nobody watches it."""
+    hooked = linear._forward_hooks or linear._forward_pre_hooks
+    quantised = isinstance(linear.weight, QuantizedTensor)
+    return not hooked and splits(linear, y) and not quantised and linear.weight.is_contiguous()
 
 
 def project_some(linear: torch.nn.Module, outputs: slice, y: Rows, expanded: Expanded) -> torch.Tensor:

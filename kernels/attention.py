@@ -8,7 +8,6 @@ length of 0 gives zeros), but must be finite. out is [B, H, S, D]; where a backe
 
 import time
 from dataclasses import dataclass, replace
-from importlib.util import find_spec
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -16,7 +15,17 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from .arguments import FLOATS, described
 from .flash_attn import flash_attn, flash_attn_module
-from .registry import Backend, Registry, Request, installed, lazily, no_refusal, triton_refusal, version
+from .registry import (
+    Backend,
+    Registry,
+    Request,
+    has_tensor_descriptors,
+    installed,
+    lazily,
+    no_refusal,
+    triton_refusal,
+    version,
+)
 
 ATTENTION = Registry("attention")
 FP8 = "triton-fp8"
@@ -185,7 +194,7 @@ def _triton_refusal(request):
 
 
 def _triton_fp8_refusal(request):
-    if request.device.type == "cuda" and installed("triton") and not find_spec("triton.tools.tensor_descriptor"):
+    if request.device.type == "cuda" and installed("triton") and not has_tensor_descriptors():
         return f"needs Triton 3.4 or newer, here is {version('triton')}"
     if request.head_dim < 32:
         return f"takes a head dimension of 32, 64 or 128, got {request.head_dim}"

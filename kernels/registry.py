@@ -244,6 +244,12 @@ def installed(package: str) -> bool:
     return importlib.util.find_spec(package) is not None
 
 
+@functools.cache
+def has_tensor_descriptors() -> bool:
+    """Whether the installed Triton can have Hopper's copy engine bring tiles: from version 3.4 on."""
+    return importlib.util.find_spec("triton.tools.tensor_descriptor") is not None
+
+
 def triton_refusal(request: Request) -> str | None:
     """Why our Triton kernels cannot run the request."""
     if request.device.type != "cuda":

@@ -1,11 +1,32 @@
 """The gate of the feed-forward layer: SiLU of one projection times the other, with FP8 quantisation of the rows."""
 
+from dataclasses import dataclass
+
 import torch
 
 from .arguments import FLOATS, FP8, check_power_of_two, described, outputs, write
-from .registry import Registry, Request, lazily, no_refusal, triton_refusal
+from .registry import (
+    ProductRequest,
+    Registry,
+    Request,
+    has_tensor_descriptors,
+    lazily,
+    no_refusal,
+    triton_refusal,
+    version,
+)
 
+FEWEST_ROWS = 1024  # of a fused product: of fewer it was not measured
+LONGEST_STRIDE = 2**40  # bytes that the copy engine can step over
 SILU_MUL = Registry("silu_mul")
+SWIGLU_LINEAR = Registry("swiglu_linear")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TwoWeightsRequest(ProductRequest):
+    """The product with two weights of one shape, which begin `apart` bytes from each other."""
+
+    apart: int
 
 
 def silu_mul(a, b, quantise=False, factor=1.0, dtype=None, out=None, backend="auto"):
@@ -31,6 +52,57 @@ def silu_mul_reference(a, b, factor, y, row_scales):
     write(torch.nn.functional.silu(a.float()) * b.float() * factor, y, row_scales)
 
 
+def linear(x, gate_weight, value_weight, factor=1.0, backend="auto"):
+    """y [M, F] = silu(x gate_weight^T) * (x value_weight^T) * factor, SwiGLU (Shazeer 2020), in x's dtype.
+
+    x [M, K] and weights [F, K], contiguous, of one dtype (bf16, fp16, fp32). The backend "fused" rounds nothing but y;
+    "apart" rounds both products to x's dtype, as two linears do. factor: as in `silu_mul`. Raises ValueError on another
+    factor, and on other shapes, dtypes or layouts.
+    """
+    columns = x.shape[-1]
+    _check_factor(x, "x", (len(x), columns), x)
+    _check_factor(gate_weight, "gate_weight", (len(gate_weight), columns), x)
+    _check_factor(value_weight, "value_weight", tuple(gate_weight.shape), x)
+    check_power_of_two(factor, "factor")
+    apart = abs(value_weight.data_ptr() - gate_weight.data_ptr())
+    request = TwoWeightsRequest(
+        x.device, dtype=x.dtype, rows=len(x), outputs=len(gate_weight), columns=columns, apart=apart
+    )
+    return SWIGLU_LINEAR.choose(backend, request).function(x, gate_weight, value_weight, factor)
+
+
+def linear_apart(x, gate_weight, value_weight, factor):
+    products = (torch.nn.functional.linear(x, weight) for weight in (gate_weight, value_weight))
+    return silu_mul(*products, factor=factor)
+
+
+def _check_factor(tensor, name, shape, x):
+    fits = tensor.shape == shape and tensor.dtype == x.dtype and tensor.device == x.device and tensor.is_contiguous()
+    if not fits or x.dtype not in FLOATS:
+        expected = f"a contiguous {list(shape)} of bf16, fp16 or fp32" if tensor is x else f"{list(shape)}, like x"
+        raise ValueError(f"swiglu.linear: expected {name} to be {expected}, got {described(tensor)}")
+
+
+def _fused_refusal(request):
+    """The kernel is made for Hopper's copy engine and its widest product."""
+    reason = triton_refusal(request)
+    if reason is not None:
+        return reason
+    if request.capability[0] != 9:
+        return "is made for GPUs of compute capability 9.0 (Hopper), this one has {}.{}".format(*request.capability)
+    if not has_tensor_descriptors():
+        return f"needs Triton 3.4 or newer, here is {version('triton')}"
+    if request.dtype == torch.float32:
+        return "takes bfloat16 and float16, got float32"
+    if request.rows < FEWEST_ROWS:
+        return f"takes {FEWEST_ROWS} rows or more, got {request.rows}"
+    if request.columns % 8 or request.outputs % 8:
+        return f"takes K and F that are multiples of 8, got K = {request.columns}, F = {request.outputs}"
+    if request.apart % 16 or not 0 < request.apart < LONGEST_STRIDE:
+        return f"takes weights that lie 16 bytes or a multiple apart, up to 2**40, got {request.apart}"
+    return None
+
+
 def _check(tensor, name, a):
     fits = tensor.ndim == 2 and tensor.shape == a.shape and tensor.stride(1) == 1
     if not fits or tensor.dtype not in FLOATS or tensor.device != a.device:
@@ -42,3 +114,5 @@ def _check(tensor, name, a):
 
 SILU_MUL.register("triton", lazily("swiglu_triton", "silu_mul"), triton_refusal)
 SILU_MUL.register("torch", silu_mul_reference, no_refusal)
+SWIGLU_LINEAR.register("fused", lazily("swiglu_linear_triton", "linear"), _fused_refusal)
+SWIGLU_LINEAR.register("apart", linear_apart, no_refusal)

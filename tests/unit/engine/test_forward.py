@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 from zimage_turbo.engine import formats, forward, layouts, ode, quantiser, sampling, turbo
 from zimage_turbo.engine.checkpoint import Checkpoint
 from zimage_turbo.engine.model import load_model
-from zimage_turbo.kernels import fp8
+from zimage_turbo.kernels import fp8, swiglu
 from zimage_turbo.tests.comparison import relative_error
 from zimage_turbo.tests.weights import small_transformer
 
@@ -69,6 +69,59 @@ def test_a_feed_forward_of_many_rows_is_computed_run_by_run(small, monkeypatch, 
     whole = module._forward(x, timesteps, context, 21)
     monkeypatch.setattr(forward, "ROWS_AT_ONCE", rows)
     assert relative_error(module._forward(x, timesteps, context, 21), whole) < 2e-6
+
+
+def lora_beside(linear):
+    forward_of = linear.forward
+    linear.forward = lambda x: forward_of(x) * 2
+
+
+def lora_on(linear):
+    linear.weight_function = [lambda weight: weight * 2]
+
+
+def bias_of_zeros(linear):
+    linear.bias = torch.nn.Parameter(torch.zeros(len(linear.weight)), requires_grad=False)
+
+
+def watched(linear):
+    linear.register_forward_hook(lambda _, given, product: product * 2)
+
+
+@pytest.fixture
+def gated_together(monkeypatch):
+    """The rows of each call that multiplied by both weights of a gate at once."""
+    real, rows = swiglu.linear, []
+
+    def counted(x, *weights_and_factor):
+        rows.append(len(x))
+        return real(x, *weights_and_factor)
+
+    monkeypatch.setattr(swiglu, "linear", counted)
+    return rows
+
+
+def test_a_gate_of_plain_weights_is_one_op(tmp_path, gated_together):
+    module, request = plain_module(tmp_path), (*request_of(1, 24, 28, 21), 21)
+    ours = module._forward(*request)
+    assert len(gated_together) == len(module.layers) + len(module.noise_refiner) + len(module.context_refiner)
+    assert relative_error(ours, NextDiT._forward(module, *request)) < 2e-5
+
+
+@pytest.mark.parametrize("changed", ["w1", "w3"])
+@pytest.mark.parametrize("change", [lora_beside, lora_on, bias_of_zeros, watched])
+def test_a_gate_with_something_else_in_it_is_two_linears(tmp_path, gated_together, change, changed):
+    module, request = plain_module(tmp_path), (*request_of(1, 24, 28, 21), 21)
+    module._forward(*request)
+    before = len(gated_together)
+    change(getattr(module.layers[1].feed_forward, changed))
+    ours = module._forward(*request)
+    assert len(gated_together) == 2 * before - 1
+    assert relative_error(ours, NextDiT._forward(module, *request)) < 2e-5
+
+
+def plain_module(folder):
+    return load_model(small_transformer(folder / "small.safetensors", layers=2), "fp32").model.diffusion_model
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,169 @@
+"""SwiGLU of two linears in one kernel: its arithmetic in the interpreter, its instructions as compiled for Hopper."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+
+from zimage_turbo.kernels import registry, swiglu, swiglu_linear_triton
+from zimage_turbo.kernels.swiglu import SWIGLU_LINEAR, TwoWeightsRequest
+from zimage_turbo.tests.unit.kernels.accuracy import error, normal, on_devices
+
+HALVES = {"fp16": torch.float16, "bf16": torch.bfloat16}
+# rows, columns, outputs: multiples of the tile, and no multiples of anything but 8
+sizes = on_devices(
+    cpu=[(128, 64, 128), (1, 72, 8), (130, 200, 136)], cuda=[(4160, 3840, 10240), (1025, 3848, 1032), (2304, 64, 16)]
+)
+dtypes = pytest.mark.parametrize("dtype", HALVES.values(), ids=HALVES.keys())
+HOPPER = TwoWeightsRequest(
+    torch.device("cuda", 0), dtype=torch.bfloat16, rows=4160, outputs=10240, columns=3840, apart=1 << 20
+)
+SCRIPT = """
+import json, sys, types
+
+package = types.ModuleType("zimage_turbo")
+package.__path__ = [sys.argv[1]]
+sys.modules["zimage_turbo"] = package
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from zimage_turbo.kernels import swiglu_linear_triton as module
+
+kernel = module._swiglu_linear_kernel
+blocks = {"BLOCK_M": module.ROWS, "BLOCK_N": module.OUTPUTS, "BLOCK_K": module.COLUMNS, "GROUP": module.GROUP}
+constants = {"VALUE_FIRST": False, "TENSOR_CORES": True, **blocks}
+x = f"tensordesc<bf16[{module.ROWS}, {module.COLUMNS}]>"
+weights = f"tensordesc<bf16[2, {module.OUTPUTS}, {module.COLUMNS}]>"
+y = f"tensordesc<bf16[{module.ROWS}, {module.OUTPUTS}]>"
+types = dict(zip(kernel.arg_names, [x, weights, y, "i32", "i32", "i32", "i32", "fp32"]))
+signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
+options = {"num_warps": 8, "num_stages": 3}
+made = triton.compile(
+    ASTSource(kernel, signature, constexprs=constants), target=GPUTarget("cuda", 90, 32), options=options
+)
+print(json.dumps([made.asm["ptx"], made.metadata.shared]))
+"""
+
+
+def operands(size, dtype, device):
+    """x and the two weights: the second begins behind the first, with rows between them that belong to neither."""
+    rows, columns, outputs = size
+    both = normal(2 * outputs + 3, columns, device=device, dtype=dtype, spread=columns**-0.5)
+    return normal(rows, columns, device=device, dtype=dtype, spread=2), both[:outputs], both[outputs + 3 :]
+
+
+def eager(x, gate_weight, value_weight):
+    """As the host composes it, every step rounded to the dtype."""
+    gate, value = (torch.nn.functional.linear(x, weight) for weight in (gate_weight, value_weight))
+    return torch.nn.functional.silu(gate) * value
+
+
+@sizes
+@dtypes
+@pytest.mark.parametrize("value_first", [False, True], ids=["gate-first", "value-first"])
+def test_within_the_error_of_two_linears(device, size, dtype, value_first):
+    x, first, second = operands(size, dtype, device)
+    weights = (second, first) if value_first else (first, second)
+    exact = eager(x.double(), *(weight.double() for weight in weights))
+    # The interpreter truncates bf16 at a store: one unit in the last place, not half of one.
+    allowed = max(2 if device == "cuda" else 4, 1) * error(eager(x, *weights), exact)
+    assert error(swiglu_linear_triton.linear(x, *weights, 1.0), exact) <= allowed
+    assert error(swiglu.linear(x, *weights, backend="apart"), exact) <= 2 * error(eager(x, *weights), exact)
+
+
+@sizes
+def test_a_factor_keeps_fp16_finite(device, size):
+    """Gates and values of about 1000, whose products fp16 holds only scaled."""
+    x, gate, value = operands(size, torch.float16, device)
+    x, gate, value = x.abs() * (100 * size[1] ** -0.5), gate.abs() * 8, value.abs() * 8
+    exact = eager(x.double(), gate.double(), value.double()) / 128
+    assert exact.max() * 128 > 65504
+    y = swiglu_linear_triton.linear(x, gate, value, 2.0**-7)
+    assert torch.isfinite(y).all() and error(y, exact) < 1e-3
+
+
+@on_devices(cpu=[(645, 8, 264)], cuda=[])
+def test_every_tile_is_taken(device, size, monkeypatch):
+    """Six rows of three tiles, in a group of four and one of two."""
+    monkeypatch.setattr(swiglu_linear_triton, "GROUP", 4)
+    x, *weights = operands(size, torch.float16, device)
+    exact = eager(x.double(), *(weight.double() for weight in weights))
+    assert error(swiglu_linear_triton.linear(x, *weights, 1.0), exact) < 1e-3
+
+
+def test_hopper_gets_its_widest_product_straight_from_the_copy_engine(pack):
+    """Both weights are one operand of 256 columns: 4 products a step, and nothing is moved between two memories."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", SCRIPT, str(pack)]
+    ran = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert ran.returncode == 0, ran.stderr
+    ptx, shared = json.loads(ran.stdout)
+    assert ptx.count("wgmma.mma_async") == ptx.count("m64n256k16") == swiglu_linear_triton.COLUMNS // 16
+    assert "ld.shared" not in ptx and "cp.async.bulk.tensor.3d" in ptx
+    assert shared <= 227 * 1024
+
+
+@pytest.fixture
+def hopper(monkeypatch):
+    monkeypatch.setattr(registry, "installed", lambda package: True)
+    monkeypatch.setattr(registry, "_capability", lambda index: (9, 0))
+
+
+def test_hopper_takes_the_fused_kernel(hopper):
+    assert SWIGLU_LINEAR.choose("auto", HOPPER).name == "fused"
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"rows": 1023}, "takes 1024 rows or more, got 1023"),
+        ({"dtype": torch.float32}, "takes bfloat16 and float16, got float32"),
+        ({"columns": 3844}, "multiples of 8, got K = 3844, F = 10240"),
+        ({"outputs": 10244}, "multiples of 8, got K = 3840, F = 10244"),
+        ({"apart": 0}, r"16 bytes or a multiple apart, up to 2\*\*40, got 0"),
+        ({"apart": 24}, "apart.* got 24"),
+        ({"apart": 1 << 40}, "apart.* got 1099511627776"),
+    ],
+)
+def test_what_it_cannot_take_goes_to_two_linears(hopper, change, reason):
+    request = replace(HOPPER, **change)
+    assert SWIGLU_LINEAR.choose("auto", request).name == "apart"
+    with pytest.raises(ValueError, match=reason):
+        SWIGLU_LINEAR.choose("fused", request)
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (8, 9), (10, 0), (12, 0)])
+def test_other_gpus_take_two_linears(hopper, monkeypatch, capability):
+    monkeypatch.setattr(registry, "_capability", lambda index: capability)
+    assert SWIGLU_LINEAR.choose("auto", HOPPER).name == "apart"
+    with pytest.raises(ValueError, match="compute capability 9.0 .*this one has {}.{}".format(*capability)):
+        SWIGLU_LINEAR.choose("fused", HOPPER)
+
+
+def test_an_older_triton_is_named(hopper, monkeypatch):
+    monkeypatch.setattr(swiglu, "has_tensor_descriptors", lambda: False)
+    with pytest.raises(ValueError, match=r"needs Triton 3\.4 or newer, here is "):
+        SWIGLU_LINEAR.choose("fused", HOPPER)
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        ({"x": torch.zeros(3)}, r"x to be a contiguous \[3, 3\].* got \[3\]"),
+        ({"x": torch.zeros(64, 3).T}, r"x to be a contiguous \[3, 64\]"),
+        ({"x": torch.zeros(3, 64, dtype=torch.float64)}, "bf16, fp16 or fp32"),
+        ({"gate_weight": torch.zeros(5, 63)}, r"gate_weight to be \[5, 64\], like x, got \[5, 63\]"),
+        ({"value_weight": torch.zeros(6, 64)}, r"value_weight to be \[5, 64\], like x, got \[6, 64\]"),
+        ({"value_weight": torch.zeros(5, 64).half()}, "value_weight .*like x, got .*float16"),
+        ({"factor": 3.0}, "factor: expected a power of two"),
+    ],
+)
+def test_refusals_name_what_was_given(change, complaint):
+    given = {"x": torch.zeros(3, 64), "gate_weight": torch.zeros(5, 64), "value_weight": torch.zeros(5, 64)}
+    with pytest.raises(ValueError, match=complaint):
+        swiglu.linear(**{**given, **change})

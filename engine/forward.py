@@ -190,11 +190,11 @@ def run_blocks(
     y = begin(x, blocks[0].attention_norm1, modulated[0][0], blocks[0].attention.qkv, compute.dtype)
     last, expanded = len(blocks) - 1, {}
     for i, (block, (_, gate_attention, scale_ffn, gate_ffn)) in enumerate(zip(blocks, modulated, strict=True)):
-        w1 = block.feed_forward.w1
-        following = [block.attention.out, w1, block.feed_forward.w3, block.feed_forward.w2]
+        gates = block.feed_forward.w1, block.feed_forward.w3
+        following = [block.attention.out, *gates, block.feed_forward.w2]
         following += [blocks[i + 1].attention.qkv] if i < last else []
         h, expanded = attend(block.attention, y, table, compute, expanded, following, exchange)
-        x, y = add(x, h, compute, block.attention_norm2, gate_attention, block.ffn_norm1, scale_ffn, w1)
+        x, y = add(x, h, compute, block.attention_norm2, gate_attention, block.ffn_norm1, scale_ffn, *gates)
         h = feed_forward(block.feed_forward, y, compute, expanded)
         if i == last:
             return end(x, h, compute, block.ffn_norm2, gate_ffn)
@@ -207,9 +207,9 @@ def begin(x, next_norm, scale, next_linear, dtype: torch.dtype) -> Rows:
     return norm.rms_modulate(x, near(next_norm.weight, x), scale, next_norm.eps, takes_rows(next_linear), dtype)
 
 
-def add(x, h: Half, compute: Compute, post_norm, gate, next_norm, scale, next_linear) -> tuple[torch.Tensor, Rows]:
-    """x plus what half a block computed, normalised for the linear that comes next."""
-    quantise, (h, *h_scales) = takes_rows(next_linear), with_scales(h)
+def add(x, h: Half, compute: Compute, post_norm, gate, next_norm, scale, *next_linears) -> tuple[torch.Tensor, Rows]:
+    """x plus what half a block computed, normalised for the linears that come next."""
+    quantise, (h, *h_scales) = all(map(takes_rows, next_linears)), with_scales(h)
     x, *y = norm.residual_rms_modulate(
         x,
         h,
@@ -337,14 +337,22 @@ def feed_forward(module: FeedForward, y: Rows, compute: Compute, expanded: Expan
 
 
 def feed_forward_at_once(module: FeedForward, y: Rows, factor: float, expanded: Expanded, sums: bool) -> Half:
-    w1, w3, quantise = module.w1, module.w3, takes_rows(module.w2)
-    if not quantise and is_plain(w1, y) and is_plain(w3, y):
-        h = swiglu.linear(y.flatten(0, 1), w1.weight, w3.weight, factor)
-        return project(module.w2, h.unflatten(0, y.shape[:2]), expanded, sums)
-    gate, value = project(w1, y, expanded), project(w3, y, expanded)
+    return project(module.w2, gated(module, y, factor, expanded), expanded, sums)
+
+
+def gated(module: FeedForward, y: Rows, factor: float, expanded: Expanded) -> Rows:
+    """What the last linear of a feed-forward takes: SiLU of the first's times the second's, times factor."""
+    linears, quantise = (module.w1, module.w3), takes_rows(module.w2)
+    weights = [linear.weight for linear in linears]
+    if isinstance(y, tuple) and quantise and not any(linear.bias is not None for linear in linears):
+        ready = tuple(map(expanded.get, linears))
+        codes, scales = layouts.gate_rows(y[0].flatten(0, 1), y[1], *weights, factor, ready)
+        return codes.unflatten(0, y[0].shape[:2]), scales
+    if isinstance(y, torch.Tensor) and not quantise and all(is_plain(linear, y) for linear in linears):
+        return swiglu.linear(y.flatten(0, 1), *weights, factor).unflatten(0, y.shape[:2])
+    gate, value = (project(linear, y, expanded) for linear in linears)
     h = swiglu.silu_mul(gate.flatten(0, 1), value.flatten(0, 1), quantise, factor)
-    shape = gate.shape
-    return project(module.w2, (h[0].view(shape), h[1]) if quantise else h.view(shape), expanded, sums)
+    return (h[0].view(gate.shape), h[1]) if quantise else h.view(gate.shape)
 
 
 def leaves_scales(linear: torch.nn.Module, rows: int) -> bool:

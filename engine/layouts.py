@@ -10,7 +10,7 @@ import torch
 from comfy.quant_ops import QUANT_ALGOS, QuantizedLayout, QuantizedTensor, register_layout_class, register_layout_op
 from comfy_kitchen.tensor import BaseLayoutParams
 
-from ..kernels import fp8, int4
+from ..kernels import fp8, int4, swiglu
 
 INT4, FP8 = "zimage_int4", "zimage_fp8"  # names that stock loaders refuse
 LOADER = "Z-Image-Turbo Loader"
@@ -138,6 +138,20 @@ def sum_rows(codes: torch.Tensor, weight: QuantizedTensor, expanded: torch.Tenso
     Times the scale of each row and `column_scales` they are its result.
     """
     return fp8.product(codes, _fp8_codes(weight, expanded))
+
+
+def gate_rows(
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    gate_weight: QuantizedTensor,
+    value_weight: QuantizedTensor,
+    factor: float,
+    expanded: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None),
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """SiLU of `multiply_rows` with one weight, times that with another, times factor: FP8 rows [M, N] with scales."""
+    weights = gate_weight, value_weight
+    scaled = [(_fp8_codes(weight, own), weight._params.scale) for weight, own in zip(weights, expanded, strict=True)]
+    return swiglu.linear_fp8((codes, scales), *scaled, factor, gate_weight._params.orig_dtype)
 
 
 def leaves_scales(weight: QuantizedTensor, bias: torch.Tensor | None, rows: int) -> bool:

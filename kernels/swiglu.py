@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
+from . import fp8
 from .arguments import FLOATS, FP8, check_power_of_two, described, outputs, write
 from .registry import (
     ProductRequest,
@@ -12,14 +13,18 @@ from .registry import (
     has_tensor_descriptors,
     lazily,
     no_refusal,
+    product_request,
     triton_refusal,
     version,
 )
+
+Scaled = tuple[torch.Tensor, torch.Tensor]  # FP8 codes [N, K] and fp32 scales, of rows [M, 1] or of outputs [N]
 
 FEWEST_ROWS = 1024  # of a fused product: of fewer it was not measured
 LONGEST_STRIDE = 2**40  # bytes that the copy engine can step over
 SILU_MUL = Registry("silu_mul")
 SWIGLU_LINEAR = Registry("swiglu_linear")
+SWIGLU_LINEAR_FP8 = Registry("swiglu_linear_fp8")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,16 +64,20 @@ def linear(x, gate_weight, value_weight, factor=1.0, backend="auto"):
     "apart" rounds both products to x's dtype, as two linears do. factor: as in `silu_mul`. Raises ValueError on another
     factor, and on other shapes, dtypes or layouts.
     """
-    columns = x.shape[-1]
-    _check_factor(x, "x", (len(x), columns), x)
-    _check_factor(gate_weight, "gate_weight", (len(gate_weight), columns), x)
-    _check_factor(value_weight, "value_weight", tuple(gate_weight.shape), x)
-    check_power_of_two(factor, "factor")
-    apart = abs(value_weight.data_ptr() - gate_weight.data_ptr())
-    request = TwoWeightsRequest(
-        x.device, dtype=x.dtype, rows=len(x), outputs=len(gate_weight), columns=columns, apart=apart
-    )
+    request = _request("swiglu.linear", FLOATS, x, gate_weight, value_weight, factor, x.dtype)
     return SWIGLU_LINEAR.choose(backend, request).function(x, gate_weight, value_weight, factor)
+
+
+def linear_fp8(
+    x: Scaled, gate_weight: Scaled, value_weight: Scaled, factor=1.0, dtype=torch.bfloat16, backend="auto"
+) -> Scaled:
+    """`linear` of FP8 rows and weights, each with its scales, as FP8 rows: (codes [M, F], row scales fp32 [M, 1]).
+
+    The backend "fused" rounds to bf16 before it looks for the largest of a row; "apart" rounds both products to dtype.
+    """
+    codes = [each[0] for each in (x, gate_weight, value_weight)]
+    request = _request("swiglu.linear_fp8", (FP8,), *codes, factor, dtype)
+    return SWIGLU_LINEAR_FP8.choose(backend, request).function(x, gate_weight, value_weight, factor, dtype)
 
 
 def linear_apart(x, gate_weight, value_weight, factor):
@@ -76,11 +85,34 @@ def linear_apart(x, gate_weight, value_weight, factor):
     return silu_mul(*products, factor=factor)
 
 
-def _check_factor(tensor, name, shape, x):
+def linear_fp8_apart(x, gate_weight, value_weight, factor, dtype):
+    products = (fp8.linear(*x, *weight, None, dtype) for weight in (gate_weight, value_weight))
+    return silu_mul(*products, quantise=True, factor=factor)
+
+
+def _request(op, dtypes, x, gate_weight, value_weight, factor, dtype):
+    columns = x.shape[-1]
+    _check_operand(op, x, "x", (len(x), columns), x, dtypes)
+    _check_operand(op, gate_weight, "gate_weight", (len(gate_weight), columns), x, dtypes)
+    _check_operand(op, value_weight, "value_weight", tuple(gate_weight.shape), x, dtypes)
+    check_power_of_two(factor, "factor")
+    return TwoWeightsRequest(
+        x.device,
+        quantise=x.dtype == FP8,
+        dtype=dtype,
+        rows=len(x),
+        outputs=len(gate_weight),
+        columns=columns,
+        apart=abs(value_weight.data_ptr() - gate_weight.data_ptr()),
+    )
+
+
+def _check_operand(op, tensor, name, shape, x, dtypes):
     fits = tensor.shape == shape and tensor.dtype == x.dtype and tensor.device == x.device and tensor.is_contiguous()
-    if not fits or x.dtype not in FLOATS:
-        expected = f"a contiguous {list(shape)} of bf16, fp16 or fp32" if tensor is x else f"{list(shape)}, like x"
-        raise ValueError(f"swiglu.linear: expected {name} to be {expected}, got {described(tensor)}")
+    if not fits or x.dtype not in dtypes:
+        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        expected = f"a contiguous {list(shape)} of {names}" if tensor is x else f"{list(shape)}, like x"
+        raise ValueError(f"{op}: expected {name} to be {expected}, got {described(tensor)}")
 
 
 def _fused_refusal(request):
@@ -88,6 +120,8 @@ def _fused_refusal(request):
     reason = triton_refusal(request)
     if reason is not None:
         return reason
+    if SILU_MUL.choose("auto", Request(request.device, request.quantise)).name != "triton":
+        return "silu_mul is left to another backend"
     if request.capability[0] != 9:
         return "is made for GPUs of compute capability 9.0 (Hopper), this one has {}.{}".format(*request.capability)
     if not has_tensor_descriptors():
@@ -96,11 +130,21 @@ def _fused_refusal(request):
         return "takes bfloat16 and float16, got float32"
     if request.rows < FEWEST_ROWS:
         return f"takes {FEWEST_ROWS} rows or more, got {request.rows}"
-    if request.columns % 8 or request.outputs % 8:
-        return f"takes K and F that are multiples of 8, got K = {request.columns}, F = {request.outputs}"
+    multiple = 16 if request.quantise else 8
+    if request.columns % multiple or request.outputs % multiple:
+        return f"takes K and F that are multiples of {multiple}, got K = {request.columns}, F = {request.outputs}"
     if request.apart % 16 or not 0 < request.apart < LONGEST_STRIDE:
         return f"takes weights that lie 16 bytes or a multiple apart, up to 2**40, got {request.apart}"
     return None
+
+
+def _fused_fp8_refusal(request):
+    reason = _fused_refusal(request)
+    sizes = request.rows, request.outputs, request.columns
+    linear_request = product_request(request.device, request.dtype, *sizes)
+    if reason is None and fp8.FP8_LINEAR.choose("auto", linear_request).name != "scaled_mm":
+        return "fp8_linear is left to another backend"
+    return reason
 
 
 def _check(tensor, name, a):
@@ -116,3 +160,5 @@ SILU_MUL.register("triton", lazily("swiglu_triton", "silu_mul"), triton_refusal)
 SILU_MUL.register("torch", silu_mul_reference, no_refusal)
 SWIGLU_LINEAR.register("fused", lazily("swiglu_linear_triton", "linear"), _fused_refusal)
 SWIGLU_LINEAR.register("apart", linear_apart, no_refusal)
+SWIGLU_LINEAR_FP8.register("fused", lazily("swiglu_linear_triton", "linear_fp8"), _fused_fp8_refusal)
+SWIGLU_LINEAR_FP8.register("apart", linear_fp8_apart, no_refusal)

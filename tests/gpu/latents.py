@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 PACK = Path(__file__).resolve().parent.parent.parent
-SIZES = [(256, 256), (192, 320), (256, 256), (208, 208)]
+SIZES = [(256, 256), (192, 320), (512, 512), (208, 208)]  # the third has rows enough for fused gates
 
 if __name__ == "__main__":
     import types

@@ -1,5 +1,7 @@
 """What the fast forward groups and leaves to others on a GPU: modulation of all blocks, scales of FP8 products."""
 
+from dataclasses import replace
+
 import comfy.utils
 import pytest
 import torch
@@ -7,7 +9,7 @@ import torch
 from zimage_turbo.engine import formats, forward, graphs, layouts, modulation, ode, quantiser, sampling, turbo
 from zimage_turbo.engine.checkpoint import Checkpoint
 from zimage_turbo.engine.model import load_model
-from zimage_turbo.kernels import fp8
+from zimage_turbo.kernels import fp8, swiglu
 from zimage_turbo.tests.comparison import relative_error
 from zimage_turbo.tests.gpu import latents
 from zimage_turbo.tests.weights import small_transformer
@@ -128,4 +130,53 @@ def test_products_that_leave_their_scales_err_no_more(file, precision, attention
     assert not left
     errors = relative_error(sums, exact), relative_error(scaled, exact)
     print(f"{precision}, {attention}: {errors[0]:.4f} with sums, {errors[1]:.4f} without")
+    assert errors[0] < 1.1 * errors[1] < 0.3
+
+
+@pytest.mark.skipif(
+    torch.cuda.is_available() and torch.cuda.get_device_capability()[0] != 9, reason="the fused kernel is Hopper's"
+)
+@pytest.mark.parametrize("precision", ["bf16", "fp16", "fp8", "int4-fp8"])
+def test_gates_of_many_rows_are_one_kernel_each(file, precision, monkeypatch, tmp_path):
+    """At 512 x 512, against fp32 with the same weights: no worse than two linears and the gate behind them."""
+    form = precision if precision in quantiser.FORMS else None
+    weights = Checkpoint.read(file)
+    kept = quantiser.quantised(weights, precision, torch.device("cuda")) if form else weights
+    comfy.utils.save_torch_file(
+        dict(formats.expanded(kept, torch.float32).weights), str(tmp_path / "exact.safetensors")
+    )
+    ops, fused = (swiglu.SWIGLU_LINEAR, swiglu.SWIGLU_LINEAR_FP8), []
+
+    def counted(function):
+        def call(*arguments):
+            fused.append(function)
+            return function(*arguments)
+
+        return call
+
+    for op in ops:
+        backends = {name: replace(each, function=counted(each.function)) for name, each in op.backends.items()}
+        monkeypatch.setattr(op, "backends", backends | {"apart": op.backends["apart"]})
+    generator = torch.Generator().manual_seed(1)
+    x, time = torch.randn(1, 16, 64, 64, generator=generator), torch.tensor([0.6], device="cuda")
+
+    def evaluated(patcher, times=1):
+        draw(patcher)  # has the host load it
+        module, dtype = patcher.model.diffusion_model, patcher.model.get_dtype_inference()
+        fused.clear()
+        given = x.to("cuda", dtype), time, POSITIVE[0][0].to("cuda", dtype), 40
+        options = {"uuids": ["one"]}
+        return [module._forward(*given, transformer_options=options).float() for _ in range(times)]
+
+    (exact,) = evaluated(load_model(tmp_path / "exact.safetensors", "fp32"))
+    assert not fused
+    patcher = load_model(file, precision)
+    together, replayed, again = evaluated(patcher, 3)
+    assert len(fused) >= 2 * BLOCKS and torch.equal(together, replayed) and torch.equal(replayed, again)
+    assert patcher.model.diffusion_model.forwards[turbo.REPLAYED]
+    monkeypatch.setattr(swiglu, "FEWEST_ROWS", 10**9)
+    (apart,) = evaluated(load_model(file, precision))
+    assert not fused
+    errors = relative_error(together, exact), relative_error(apart, exact)
+    print(f"{precision}: {errors[0]:.5f} in one kernel, {errors[1]:.5f} apart")
     assert errors[0] < 1.1 * errors[1] < 0.3

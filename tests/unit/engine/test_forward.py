@@ -73,11 +73,11 @@ def test_a_feed_forward_of_many_rows_is_computed_run_by_run(small, monkeypatch, 
 
 def lora_beside(linear):
     forward_of = linear.forward
-    linear.forward = lambda x: forward_of(x) * 2
+    linear.forward = lambda x: forward_of(x) * -8
 
 
 def lora_on(linear):
-    linear.weight_function = [lambda weight: weight * 2]
+    linear.weight_function = [lambda weight: weight * -8]
 
 
 def bias_of_zeros(linear):
@@ -208,6 +208,28 @@ def with_bias(linear):
 
 def patched(linear):
     linear.weight_function = [lambda weight: weight]
+
+
+def rotated(linear):
+    """Its weight as the quantiser stores one with heavy tails."""
+    weight = linear.weight.dequantize()
+    data, params = layouts.Int4Layout.quantize(weight, rotated=True, compute=layouts.COMPUTE_FP8)
+    linear.weight = torch.nn.Parameter(layouts.QuantizedTensor(data, linear.weight._layout_cls, params), False)
+
+
+@pytest.mark.parametrize("changed", ["w1", "w3"])
+@pytest.mark.parametrize("change", [rotated, lora_beside, lora_on, bias_of_zeros])
+def test_one_of_a_gates_weights_may_be_another(files_in_fp8, monkeypatch, change, changed):
+    """The norm before them makes FP8 rows if both take them."""
+    monkeypatch.setattr(fp8, "supported", lambda device: None)
+    file, whole = files_in_fp8["int4"]
+    ours = load_model(file, "int4-fp8").model.diffusion_model
+    exact = load_model(whole, "fp32").model.diffusion_model
+    for module in (ours, exact):
+        if change is not rotated or module is ours:
+            change(getattr(module.layers[1].feed_forward, changed))
+    request = *request_of(1, 24, 28, 21), 21
+    assert relative_error(ours._forward(*request), exact._forward(*request)) < FP8_OWN_ERROR
 
 
 @pytest.mark.parametrize("change", [bypassed, with_bias, patched])

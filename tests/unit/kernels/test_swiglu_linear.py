@@ -9,8 +9,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from zimage_turbo.kernels import registry, swiglu, swiglu_linear_triton
-from zimage_turbo.kernels.swiglu import SWIGLU_LINEAR, TwoWeightsRequest
+from zimage_turbo.kernels import fp8, registry, swiglu, swiglu_linear_triton
+from zimage_turbo.kernels.arguments import FP8
+from zimage_turbo.kernels.swiglu import SWIGLU_LINEAR, SWIGLU_LINEAR_FP8, TwoWeightsRequest
+from zimage_turbo.tests.unit.kernels import accuracy
 from zimage_turbo.tests.unit.kernels.accuracy import error, normal, on_devices
 
 HALVES = {"fp16": torch.float16, "bf16": torch.bfloat16}
@@ -34,13 +36,14 @@ from triton.compiler import ASTSource
 
 from zimage_turbo.kernels import swiglu_linear_triton as module
 
-kernel = module._swiglu_linear_kernel
-blocks = {"BLOCK_M": module.ROWS, "BLOCK_N": module.OUTPUTS, "BLOCK_K": module.COLUMNS, "GROUP": module.GROUP}
-constants = {"VALUE_FIRST": False, "TENSOR_CORES": True, **blocks}
-x = f"tensordesc<bf16[{module.ROWS}, {module.COLUMNS}]>"
-weights = f"tensordesc<bf16[2, {module.OUTPUTS}, {module.COLUMNS}]>"
+kernel, quantised = module._swiglu_linear_kernel, sys.argv[2] == "fp8e4nv"
+step = module.STEP // (1 if quantised else 2)
+constants = {"SCALED": quantised, "VALUE_FIRST": False, "TENSOR_CORES": True, "GROUP": module.GROUP}
+constants |= {"BLOCK_M": module.ROWS, "BLOCK_N": module.OUTPUTS, "BLOCK_K": step}
+x = f"tensordesc<{sys.argv[2]}[{module.ROWS}, {step}]>"
+weights = f"tensordesc<{sys.argv[2]}[2, {module.OUTPUTS}, {step}]>"
 y = f"tensordesc<bf16[{module.ROWS}, {module.OUTPUTS}]>"
-types = dict(zip(kernel.arg_names, [x, weights, y, "i32", "i32", "i32", "i32", "fp32"]))
+types = dict(zip(kernel.arg_names, [x, weights, y, "*fp32", "*fp32", "*fp32", "i32", "i32", "i32", "i32", "fp32"]))
 signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
 options = {"num_warps": 8, "num_stages": 3}
 made = triton.compile(
@@ -87,6 +90,29 @@ def test_a_factor_keeps_fp16_finite(device, size):
     assert torch.isfinite(y).all() and error(y, exact) < 1e-3
 
 
+def in_fp8(tensor):
+    """(codes, row scales) and the numbers that they stand for, in float64."""
+    codes, scales = fp8.quantise_rows(tensor)
+    return (codes, scales), accuracy.dequantised(codes, scales)
+
+
+@on_devices(cpu=[(128, 128, 128), (1, 144, 272), (130, 208, 144)], cuda=[(4160, 3840, 10240), (1025, 3856, 1040)])
+@pytest.mark.parametrize("value_first", [False, True], ids=["gate-first", "value-first"])
+@pytest.mark.parametrize("factor", [1.0, 2.0**-7])
+def test_fp8_rows_of_fp8_rows(device, size, value_first, factor):
+    """Within the error of two products and the gate behind them, and with the same largest values."""
+    scaled, exact = zip(*map(in_fp8, operands(size, torch.float32, device)), strict=True)
+    if value_first:
+        scaled, exact = [scaled[i] for i in (0, 2, 1)], [exact[i] for i in (0, 2, 1)]
+    x, *weights = [(codes, scales if i == 0 else scales.view(-1)) for i, (codes, scales) in enumerate(scaled)]
+    exact = eager(*exact) * factor
+    ours = swiglu_linear_triton.linear_fp8(x, *weights, factor, torch.bfloat16)
+    apart = swiglu.linear_fp8(x, *weights, factor, backend="apart")
+    assert ours[0].dtype == FP8 and ours[1].shape == (size[0], 1)
+    assert error(accuracy.dequantised(*ours), exact) <= 1.1 * error(accuracy.dequantised(*apart), exact) < 0.04
+    assert error(ours[1], apart[1]) < 0.01
+
+
 @on_devices(cpu=[(645, 8, 264)], cuda=[])
 def test_every_tile_is_taken(device, size, monkeypatch):
     """Six rows of three tiles, in a group of four and one of two."""
@@ -96,14 +122,15 @@ def test_every_tile_is_taken(device, size, monkeypatch):
     assert error(swiglu_linear_triton.linear(x, *weights, 1.0), exact) < 1e-3
 
 
-def test_hopper_gets_its_widest_product_straight_from_the_copy_engine(pack):
+@pytest.mark.parametrize(("dtype", "product"), [("bf16", "m64n256k16"), ("fp8e4nv", "m64n256k32")])
+def test_hopper_gets_its_widest_product_straight_from_the_copy_engine(pack, dtype, product):
     """Both weights are one operand of 256 columns: 4 products a step, and nothing is moved between two memories."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-c", SCRIPT, str(pack)]
+    command = [sys.executable, "-c", SCRIPT, str(pack), dtype]
     ran = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert ran.returncode == 0, ran.stderr
     ptx, shared = json.loads(ran.stdout)
-    assert ptx.count("wgmma.mma_async") == ptx.count("m64n256k16") == swiglu_linear_triton.COLUMNS // 16
+    assert ptx.count("wgmma.mma_async") == ptx.count(product) == 4
     assert "ld.shared" not in ptx and "cp.async.bulk.tensor.3d" in ptx
     assert shared <= 227 * 1024
 
@@ -116,6 +143,18 @@ def hopper(monkeypatch):
 
 def test_hopper_takes_the_fused_kernel(hopper):
     assert SWIGLU_LINEAR.choose("auto", HOPPER).name == "fused"
+    assert SWIGLU_LINEAR_FP8.choose("auto", replace(HOPPER, quantise=True)).name == "fused"
+
+
+@pytest.mark.parametrize("op", [swiglu.SILU_MUL, fp8.FP8_LINEAR], ids=lambda op: op.op)
+def test_a_users_own_part_is_not_passed_by(hopper, monkeypatch, op):
+    monkeypatch.setattr(op, "backends", dict(op.backends))
+    op.register("mine", print, lambda request: None, preferred=True)
+    request = replace(HOPPER, quantise=True)
+    assert SWIGLU_LINEAR_FP8.choose("auto", request).name == "apart"
+    with pytest.raises(ValueError, match=f"{op.op} is left to another backend"):
+        SWIGLU_LINEAR_FP8.choose("fused", request)
+    assert SWIGLU_LINEAR.choose("auto", HOPPER).name == ("apart" if op is swiglu.SILU_MUL else "fused")
 
 
 @pytest.mark.parametrize(
@@ -124,6 +163,7 @@ def test_hopper_takes_the_fused_kernel(hopper):
         ({"rows": 1023}, "takes 1024 rows or more, got 1023"),
         ({"dtype": torch.float32}, "takes bfloat16 and float16, got float32"),
         ({"columns": 3844}, "multiples of 8, got K = 3844, F = 10240"),
+        ({"columns": 3848, "quantise": True}, "multiples of 16, got K = 3848, F = 10240"),
         ({"outputs": 10244}, "multiples of 8, got K = 3840, F = 10244"),
         ({"apart": 0}, r"16 bytes or a multiple apart, up to 2\*\*40, got 0"),
         ({"apart": 24}, "apart.* got 24"),
@@ -132,9 +172,10 @@ def test_hopper_takes_the_fused_kernel(hopper):
 )
 def test_what_it_cannot_take_goes_to_two_linears(hopper, change, reason):
     request = replace(HOPPER, **change)
-    assert SWIGLU_LINEAR.choose("auto", request).name == "apart"
+    op = SWIGLU_LINEAR_FP8 if request.quantise else SWIGLU_LINEAR
+    assert op.choose("auto", request).name == "apart"
     with pytest.raises(ValueError, match=reason):
-        SWIGLU_LINEAR.choose("fused", request)
+        op.choose("fused", request)
 
 
 @pytest.mark.parametrize("capability", [(8, 0), (8, 9), (10, 0), (12, 0)])
@@ -156,7 +197,7 @@ def test_an_older_triton_is_named(hopper, monkeypatch):
     [
         ({"x": torch.zeros(3)}, r"x to be a contiguous \[3, 3\].* got \[3\]"),
         ({"x": torch.zeros(64, 3).T}, r"x to be a contiguous \[3, 64\]"),
-        ({"x": torch.zeros(3, 64, dtype=torch.float64)}, "bf16, fp16 or fp32"),
+        ({"x": torch.zeros(3, 64, dtype=torch.float64)}, r"\[3, 64\] of bfloat16, float16, float32"),
         ({"gate_weight": torch.zeros(5, 63)}, r"gate_weight to be \[5, 64\], like x, got \[5, 63\]"),
         ({"value_weight": torch.zeros(6, 64)}, r"value_weight to be \[5, 64\], like x, got \[6, 64\]"),
         ({"value_weight": torch.zeros(5, 64).half()}, "value_weight .*like x, got .*float16"),

@@ -7,7 +7,7 @@ three dimensions, whose first is which weight, so that they are one operand of t
 16, of FP8 32). The weights need not lie beside each other in memory: what is between them is the box's stride.
 
 Tiles are taken in groups of 16 rows of tiles, which share weights in the L2 cache. On an H100 the board's power decides
-how fast such products are; what is saved is the writing and reading of both of them (benchmarks/kernels_fused.py).
+how fast such products are, cuBLAS's as well; what is saved is the writing and reading of both of them.
 """
 
 import torch

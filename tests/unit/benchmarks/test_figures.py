@@ -48,6 +48,18 @@ def test_speed_of_a_batch(pack, page):
 
 
 @pytest.mark.parametrize("page", ["README.md", "README.zh.md"])
+def test_speed_of_a_large_picture(pack, page):
+    """What was not within its bound has an error there, and no time."""
+    report = json.loads((pack / "benchmarks" / "results" / "denoise_2048_h100.json").read_text(encoding="utf-8"))
+    (line,) = (line for line in paragraphs(pack / page) if "denoise_2048_h100.json" in line)
+    assert {row["what"] for row in report["rows"]} == {"host bf16", "ours bf16", "ours fp8", "ours int4-fp8"}
+    for row in report["rows"]:
+        figures = [f"{row['denoise_ms'] / 1000:.2f} s"] if row["gate"] else []
+        figures = figures or [f"{100 * row[name]:.1f} %" for name in ("error", "bound")]
+        assert row["size"] == 2048 and all(figure in line for figure in figures)
+
+
+@pytest.mark.parametrize("page", ["README.md", "README.zh.md"])
 def test_two_ranks_on_one_gpu(pack, page):
     report = json.loads((pack / "benchmarks" / "results" / "multi_gpu_shared_h100.json").read_text(encoding="utf-8"))
     start, images, sequence = report["rows"]

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import comfy.ops
 import torch
 from comfy.ldm.lumina.model import FeedForward, JointAttention, JointTransformerBlock, NextDiT, pos_ids_x
 from comfy.quant_ops import QuantizedTensor
@@ -362,7 +363,12 @@ def leaves_scales(linear: torch.nn.Module, rows: int) -> bool:
 
 def takes_rows(linear: torch.nn.Module) -> bool:
     """Whether a linear takes FP8 rows: its weight is one of ours, computes in FP8, and nothing is hooked to it."""
-    return not (linear.weight_function or replaced(linear)) and layouts.takes_rows(linear.weight)
+    changed = linear.weight_function or replaced(linear) or hooked(linear)
+    return not changed and layouts.takes_rows(linear.weight)
+
+
+def hooked(linear: torch.nn.Module) -> bool:
+    return bool(linear._forward_hooks or linear._forward_pre_hooks)
 
 
 def project(linear: torch.nn.Module, y: Rows, expanded: Expanded, sums: bool = False) -> Half:
@@ -380,15 +386,15 @@ def project(linear: torch.nn.Module, y: Rows, expanded: Expanded, sums: bool = F
 def splits(linear: torch.nn.Module, y: Rows) -> bool:
     """Whether outputs of a linear can be computed apart: it is nothing but a product with the weight as it lies."""
     weight, codes = linear.weight, y[0] if isinstance(y, tuple) else y
-    as_it_is = linear.bias is None and unchanged_weights([linear]) is not None
+    own_product = isinstance(linear, getattr(comfy.ops, "CublasLinear", ()))  # the host's --fast cublas_ops
+    as_it_is = linear.bias is None and unchanged_weights([linear]) is not None and not own_product
     return as_it_is and weight.device == codes.device and (isinstance(y, tuple) or weight.dtype == y.dtype)
 
 
 def is_plain(linear: torch.nn.Module, y: Rows) -> bool:
     """Whether a linear of y is nothing but the product of two plain tensors, and nobody watches it."""
-    hooked = linear._forward_hooks or linear._forward_pre_hooks
     quantised = isinstance(linear.weight, QuantizedTensor)
-    return not hooked and splits(linear, y) and not quantised and linear.weight.is_contiguous()
+    return splits(linear, y) and not (hooked(linear) or quantised) and linear.weight.is_contiguous()
 
 
 def project_some(linear: torch.nn.Module, outputs: slice, y: Rows, expanded: Expanded) -> torch.Tensor:

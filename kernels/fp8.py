@@ -67,7 +67,7 @@ def linear(
     (outputs, columns), rows = weight.shape, len(x)
     _check_factors("fp8.linear", x, weight)
     for name, scales, shape in (("x_scales", x_scales, (rows, 1)), ("weight_scales", weight_scales, (outputs,))):
-        _check("fp8.linear", name, scales, shape, torch.float32, x.device)
+        check_tensor("fp8.linear", name, scales, shape, torch.float32, x.device)
     check_bias(bias, outputs, x.device, "fp8.linear")
     if dtype not in FLOATS:
         raise ValueError(f"fp8.linear: expected dtype bfloat16, float16 or float32, got {dtype}")
@@ -130,11 +130,11 @@ def multiplied_alike(device: torch.device, dtype: torch.dtype, rows: int, output
 
 def _check_factors(op, x, weight):
     outputs, columns = weight.shape
-    _check(op, "x", x, (len(x), columns), FP8, x.device)
-    _check(op, "weight", weight, (outputs, columns), FP8, x.device)
+    check_tensor(op, "x", x, (len(x), columns), FP8, x.device)
+    check_tensor(op, "weight", weight, (outputs, columns), FP8, x.device)
 
 
-def _check(op, name, tensor, shape, dtype, device):
+def check_tensor(op, name, tensor, shape, dtype, device):
     if tensor.shape != shape or tensor.dtype != dtype or not tensor.is_contiguous() or tensor.device != device:
         raise ValueError(
             f"{op}: expected {name} to be a contiguous {list(shape)} of {dtype} on {device}, got {described(tensor)}"

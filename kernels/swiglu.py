@@ -29,9 +29,11 @@ SWIGLU_LINEAR_FP8 = Registry("swiglu_linear_fp8")
 
 @dataclass(frozen=True, kw_only=True)
 class TwoWeightsRequest(ProductRequest):
-    """The product with two weights of one shape, which begin `apart` bytes from each other."""
+    """The product with two weights of one shape, which begin `distance` bytes from each other. aligned: whether they
+    and what they multiply begin at multiples of 16 bytes."""
 
-    apart: int
+    distance: int
+    aligned: bool = True
 
 
 def silu_mul(a, b, quantise=False, factor=1.0, dtype=None, out=None, backend="auto"):
@@ -73,10 +75,16 @@ def linear_fp8(
 ) -> Scaled:
     """`linear` of FP8 rows and weights, each with its scales, as FP8 rows: (codes [M, F], row scales fp32 [M, 1]).
 
-    The backend "fused" rounds to bf16 before it looks for the largest of a row; "apart" rounds both products to dtype.
+    The backend "fused" rounds to bf16 before it looks for the largest of a row; "apart" rounds both products to dtype
+    (bf16, fp16, fp32). Raises ValueError as `linear` does, and on scales of another shape, dtype or layout.
     """
     codes = [each[0] for each in (x, gate_weight, value_weight)]
     request = _request("swiglu.linear_fp8", (FP8,), *codes, factor, dtype)
+    if dtype not in FLOATS:
+        raise ValueError(f"swiglu.linear_fp8: expected dtype bfloat16, float16 or float32, got {dtype}")
+    shapes = {"x": (request.rows, 1), "gate_weight": (request.outputs,), "value_weight": (request.outputs,)}
+    for (name, shape), (_, scales) in zip(shapes.items(), (x, gate_weight, value_weight), strict=True):
+        fp8.check_tensor("swiglu.linear_fp8", f"the scales of {name}", scales, shape, torch.float32, x[0].device)
     return SWIGLU_LINEAR_FP8.choose(backend, request).function(x, gate_weight, value_weight, factor, dtype)
 
 
@@ -103,7 +111,8 @@ def _request(op, dtypes, x, gate_weight, value_weight, factor, dtype):
         rows=len(x),
         outputs=len(gate_weight),
         columns=columns,
-        apart=abs(value_weight.data_ptr() - gate_weight.data_ptr()),
+        distance=abs(value_weight.data_ptr() - gate_weight.data_ptr()),
+        aligned=not any(tensor.data_ptr() % 16 for tensor in (x, gate_weight, value_weight)),
     )
 
 
@@ -111,7 +120,7 @@ def _check_operand(op, tensor, name, shape, x, dtypes):
     fits = tensor.shape == shape and tensor.dtype == x.dtype and tensor.device == x.device and tensor.is_contiguous()
     if not fits or x.dtype not in dtypes:
         names = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
-        expected = f"a contiguous {list(shape)} of {names}" if tensor is x else f"{list(shape)}, like x"
+        expected = f"a contiguous [M, K] of {names}" if tensor is x else f"{list(shape)}, like x"
         raise ValueError(f"{op}: expected {name} to be {expected}, got {described(tensor)}")
 
 
@@ -133,18 +142,21 @@ def _fused_refusal(request):
     multiple = 16 if request.quantise else 8
     if request.columns % multiple or request.outputs % multiple:
         return f"takes K and F that are multiples of {multiple}, got K = {request.columns}, F = {request.outputs}"
-    if request.apart % 16 or not 0 < request.apart < LONGEST_STRIDE:
-        return f"takes weights that lie 16 bytes or a multiple apart, up to 2**40, got {request.apart}"
+    if not request.aligned:
+        return "takes tensors that begin at multiples of 16 bytes"
+    if not 0 < request.distance < LONGEST_STRIDE:
+        return f"takes two weights that begin less than 2**40 bytes from each other, got {request.distance}"
     return None
 
 
 def _fused_fp8_refusal(request):
     reason = _fused_refusal(request)
+    if reason is not None:
+        return reason
     sizes = request.rows, request.outputs, request.columns
-    linear_request = product_request(request.device, request.dtype, *sizes)
-    if reason is None and fp8.FP8_LINEAR.choose("auto", linear_request).name != "scaled_mm":
+    if fp8.FP8_LINEAR.choose("auto", product_request(request.device, request.dtype, *sizes)).name != "scaled_mm":
         return "fp8_linear is left to another backend"
-    return reason
+    return None
 
 
 def _check(tensor, name, a):

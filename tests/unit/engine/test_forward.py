@@ -80,12 +80,16 @@ def lora_on(linear):
     linear.weight_function = [lambda weight: weight * -8]
 
 
-def bias_of_zeros(linear):
-    linear.bias = torch.nn.Parameter(torch.zeros(len(linear.weight)), requires_grad=False)
+def bias_of_ones(linear):
+    linear.bias = torch.nn.Parameter(torch.ones(len(linear.weight)), requires_grad=False)
 
 
 def watched(linear):
-    linear.register_forward_hook(lambda _, given, product: product * 2)
+    linear.register_forward_hook(lambda _, given, product: product * -8)
+
+
+def stored_by_columns(linear):
+    linear.weight = torch.nn.Parameter(linear.weight.t().contiguous().t(), requires_grad=False)
 
 
 @pytest.fixture
@@ -109,7 +113,7 @@ def test_a_gate_of_plain_weights_is_one_op(tmp_path, gated_together):
 
 
 @pytest.mark.parametrize("changed", ["w1", "w3"])
-@pytest.mark.parametrize("change", [lora_beside, lora_on, bias_of_zeros, watched])
+@pytest.mark.parametrize("change", [lora_beside, lora_on, bias_of_ones, watched, stored_by_columns])
 def test_a_gate_with_something_else_in_it_is_two_linears(tmp_path, gated_together, change, changed):
     module, request = plain_module(tmp_path), (*request_of(1, 24, 28, 21), 21)
     module._forward(*request)
@@ -118,6 +122,15 @@ def test_a_gate_with_something_else_in_it_is_two_linears(tmp_path, gated_togethe
     ours = module._forward(*request)
     assert len(gated_together) == 2 * before - 1
     assert relative_error(ours, NextDiT._forward(module, *request)) < 2e-5
+
+
+def test_a_gate_of_int4_weights_in_16_bit_is_two_linears(files_in_fp8, gated_together):
+    file, whole = files_in_fp8["int4"]
+    request = *request_of(1, 24, 28, 21), 21
+    exact = load_model(whole, "fp32").model.diffusion_model._forward(*request)
+    gated_together.clear()
+    ours = load_model(file, "int4").model.diffusion_model._forward(*request)
+    assert not gated_together and relative_error(ours, exact) < 1e-3
 
 
 def plain_module(folder):
@@ -218,7 +231,7 @@ def rotated(linear):
 
 
 @pytest.mark.parametrize("changed", ["w1", "w3"])
-@pytest.mark.parametrize("change", [rotated, lora_beside, lora_on, bias_of_zeros])
+@pytest.mark.parametrize("change", [rotated, lora_beside, lora_on, bias_of_ones, watched])
 def test_one_of_a_gates_weights_may_be_another(files_in_fp8, monkeypatch, change, changed):
     """The norm before them makes FP8 rows if both take them."""
     monkeypatch.setattr(fp8, "supported", lambda device: None)

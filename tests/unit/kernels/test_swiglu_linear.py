@@ -18,11 +18,11 @@ from zimage_turbo.tests.unit.kernels.accuracy import error, normal, on_devices
 HALVES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 # rows, columns, outputs: multiples of the tile, and no multiples of anything but 8
 sizes = on_devices(
-    cpu=[(128, 64, 128), (1, 72, 8), (130, 200, 136)], cuda=[(4160, 3840, 10240), (1025, 3848, 1032), (2304, 64, 16)]
+    cpu=[(128, 64, 128), (1, 72, 264), (130, 200, 136)], cuda=[(4160, 3840, 10240), (1025, 3848, 1032), (2304, 64, 16)]
 )
 dtypes = pytest.mark.parametrize("dtype", HALVES.values(), ids=HALVES.keys())
 HOPPER = TwoWeightsRequest(
-    torch.device("cuda", 0), dtype=torch.bfloat16, rows=4160, outputs=10240, columns=3840, apart=1 << 20
+    torch.device("cuda", 0), dtype=torch.bfloat16, rows=4160, outputs=10240, columns=3840, distance=1 << 20
 )
 SCRIPT = """
 import json, sys, types
@@ -38,12 +38,12 @@ from zimage_turbo.kernels import swiglu_linear_triton as module
 
 kernel, quantised = module._swiglu_linear_kernel, sys.argv[2] == "fp8e4nv"
 step = module.STEP // (1 if quantised else 2)
-constants = {"SCALED": quantised, "VALUE_FIRST": False, "TENSOR_CORES": True, "GROUP": module.GROUP}
+constants = {"SCALED": quantised, "TENSOR_CORES": True, "GROUP": module.GROUP}
 constants |= {"BLOCK_M": module.ROWS, "BLOCK_N": module.OUTPUTS, "BLOCK_K": step}
 x = f"tensordesc<{sys.argv[2]}[{module.ROWS}, {step}]>"
 weights = f"tensordesc<{sys.argv[2]}[2, {module.OUTPUTS}, {step}]>"
 y = f"tensordesc<bf16[{module.ROWS}, {module.OUTPUTS}]>"
-types = dict(zip(kernel.arg_names, [x, weights, y, "*fp32", "*fp32", "*fp32", "i32", "i32", "i32", "i32", "fp32"]))
+types = dict(zip(kernel.arg_names, [x, weights, y, *3 * ["*fp32"], *5 * ["i32"], "fp32"]))
 signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
 options = {"num_warps": 8, "num_stages": 3}
 made = triton.compile(
@@ -74,7 +74,7 @@ def test_within_the_error_of_two_linears(device, size, dtype, value_first):
     weights = (second, first) if value_first else (first, second)
     exact = eager(x.double(), *(weight.double() for weight in weights))
     # The interpreter truncates bf16 at a store: one unit in the last place, not half of one.
-    allowed = max(2 if device == "cuda" else 4, 1) * error(eager(x, *weights), exact)
+    allowed = (2 if device == "cuda" else 4) * error(eager(x, *weights), exact)
     assert error(swiglu_linear_triton.linear(x, *weights, 1.0), exact) <= allowed
     assert error(swiglu.linear(x, *weights, backend="apart"), exact) <= 2 * error(eager(x, *weights), exact)
 
@@ -109,7 +109,7 @@ def test_fp8_rows_of_fp8_rows(device, size, value_first, factor):
     ours = swiglu_linear_triton.linear_fp8(x, *weights, factor, torch.bfloat16)
     apart = swiglu.linear_fp8(x, *weights, factor, backend="apart")
     assert ours[0].dtype == FP8 and ours[1].shape == (size[0], 1)
-    assert error(accuracy.dequantised(*ours), exact) <= 1.1 * error(accuracy.dequantised(*apart), exact) < 0.04
+    assert error(accuracy.dequantised(*ours), exact) <= 1.25 * error(accuracy.dequantised(*apart), exact) < 0.04
     assert error(ours[1], apart[1]) < 0.01
 
 
@@ -165,9 +165,9 @@ def test_a_users_own_part_is_not_passed_by(hopper, monkeypatch, op):
         ({"columns": 3844}, "multiples of 8, got K = 3844, F = 10240"),
         ({"columns": 3848, "quantise": True}, "multiples of 16, got K = 3848, F = 10240"),
         ({"outputs": 10244}, "multiples of 8, got K = 3840, F = 10244"),
-        ({"apart": 0}, r"16 bytes or a multiple apart, up to 2\*\*40, got 0"),
-        ({"apart": 24}, "apart.* got 24"),
-        ({"apart": 1 << 40}, "apart.* got 1099511627776"),
+        ({"distance": 0}, r"less than 2\*\*40 bytes from each other, got 0"),
+        ({"distance": 1 << 40}, r"from each other, got 1099511627776"),
+        ({"aligned": False}, "begin at multiples of 16 bytes"),
     ],
 )
 def test_what_it_cannot_take_goes_to_two_linears(hopper, change, reason):
@@ -195,9 +195,9 @@ def test_an_older_triton_is_named(hopper, monkeypatch):
 @pytest.mark.parametrize(
     ("change", "complaint"),
     [
-        ({"x": torch.zeros(3)}, r"x to be a contiguous \[3, 3\].* got \[3\]"),
-        ({"x": torch.zeros(64, 3).T}, r"x to be a contiguous \[3, 64\]"),
-        ({"x": torch.zeros(3, 64, dtype=torch.float64)}, r"\[3, 64\] of bfloat16, float16, float32"),
+        ({"x": torch.zeros(3)}, r"x to be a contiguous \[M, K\].* got \[3\]"),
+        ({"x": torch.zeros(64, 3).T}, r"x to be a contiguous \[M, K\]"),
+        ({"x": torch.zeros(3, 64, dtype=torch.float64)}, r"\[M, K\] of bfloat16, float16, float32"),
         ({"gate_weight": torch.zeros(5, 63)}, r"gate_weight to be \[5, 64\], like x, got \[5, 63\]"),
         ({"value_weight": torch.zeros(6, 64)}, r"value_weight to be \[5, 64\], like x, got \[6, 64\]"),
         ({"value_weight": torch.zeros(5, 64).half()}, "value_weight .*like x, got .*float16"),
@@ -208,3 +208,35 @@ def test_refusals_name_what_was_given(change, complaint):
     given = {"x": torch.zeros(3, 64), "gate_weight": torch.zeros(5, 64), "value_weight": torch.zeros(5, 64)}
     with pytest.raises(ValueError, match=complaint):
         swiglu.linear(**{**given, **change})
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        ({"x": (torch.zeros(3, 64), torch.ones(3, 1))}, r"x to be a contiguous \[M, K\] of float8_e4m3fn"),
+        ({"x": (torch.zeros(3, 64).to(FP8), torch.ones(3))}, r"the scales of x to be a contiguous \[3, 1\]"),
+        ({"gate_weight": (torch.zeros(5, 64).to(FP8), torch.ones(1))}, r"the scales of gate_weight .*\[5\]"),
+        ({"value_weight": (torch.zeros(5, 64).to(FP8), torch.ones(5).double())}, "scales of value_weight .*float32"),
+        ({"value_weight": (torch.zeros(5, 64).to(FP8), torch.ones(10)[::2])}, "scales of value_weight .*contiguous"),
+        ({"dtype": torch.int8}, "dtype bfloat16, float16 or float32, got torch.int8"),
+        ({"factor": 3.0}, "factor: expected a power of two"),
+    ],
+)
+def test_refusals_of_scales_name_what_was_given(change, complaint):
+    weight = torch.zeros(5, 64).to(FP8), torch.ones(5)
+    given = {"x": (torch.zeros(3, 64).to(FP8), torch.ones(3, 1)), "gate_weight": weight, "value_weight": weight}
+    with pytest.raises(ValueError, match=complaint):
+        swiglu.linear_fp8(**{**given, **change})
+
+
+def test_what_begins_in_between_is_seen():
+    """Tensors of which one does not begin at a multiple of 16 bytes."""
+    seen = []
+    backend = replace(SWIGLU_LINEAR.backends["apart"], refusal=lambda request: seen.append(request.aligned))
+    weights = torch.zeros(2 * 5 * 64 + 4)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(SWIGLU_LINEAR, "backends", {"apart": backend})
+        for first in (0, 2):
+            gate, value = weights[first : first + 640].view(2, 5, 64)
+            swiglu.linear(torch.zeros(3, 64), gate, value)
+    assert seen == [True, False]

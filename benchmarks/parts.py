@@ -64,6 +64,7 @@ PARTS = (
     Part("vae", script("vae"), 900, script("vae", "--size", "1024", "512", "--batch", "1")),
     Part("kernels_int4", script("kernels_int4"), 900, script("kernels_int4")),
     Part("kernels_fused", script("kernels_fused"), 900, script("kernels_fused")),
+    Part("swiglu_linear", script("swiglu_linear"), 300, script("swiglu_linear", "--rows", "4160")),
     Part(
         "memory_8gib",
         script("memory", "--cap", "8"), 900, script("memory", "--cap", "8", "--count", "2"), needs_weights=True,

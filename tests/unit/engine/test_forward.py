@@ -1,5 +1,6 @@
 """The fast forward against the host's own, on the same module: the same numbers up to rounding."""
 
+import comfy.ops
 import pytest
 import torch
 from comfy.ldm.lumina.model import NextDiT
@@ -122,6 +123,13 @@ def test_a_gate_with_something_else_in_it_is_two_linears(tmp_path, gated_togethe
     ours = module._forward(*request)
     assert len(gated_together) == 2 * before - 1
     assert relative_error(ours, NextDiT._forward(module, *request)) < 2e-5
+
+
+def test_layers_of_the_hosts_cublas_ops_are_called(tmp_path, gated_together, monkeypatch):
+    module = plain_module(tmp_path)
+    monkeypatch.setattr(comfy.ops, "CublasLinear", type(module.layers[0].feed_forward.w1), raising=False)
+    module._forward(*request_of(1, 24, 28, 21), 21)
+    assert module.forwards[turbo.FAST] and not gated_together
 
 
 def test_a_gate_of_int4_weights_in_16_bit_is_two_linears(files_in_fp8, gated_together):

@@ -21,7 +21,7 @@ from torch.nn.functional import linear, silu
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.conditions import gpu_conditions
-from kernels import fp8, swiglu
+from kernels import fp8, swiglu_linear
 
 WIDTH, HIDDEN, LAYERS = 3840, 10240, 4  # of Z-Image; weights that calls go through, larger than the L2 cache
 FORMS = ("fused", "apart")
@@ -64,9 +64,9 @@ def measured(kind: str, x: torch.Tensor, weights: list[list[torch.Tensor]]) -> d
     if kind == "fp8":
         x, weights = fp8.quantise_rows(x), [[fp8.quantise_weight(weight) for weight in pair] for pair in weights]
         exact = composed(*(codes.float() * scales.view(-1, 1) for codes, scales in (x, *weights[0])))
-        op = swiglu.linear_fp8
+        op = swiglu_linear.linear_fp8
     else:
-        exact, op = composed(x.float(), *(weight.float() for weight in weights[0])), swiglu.linear
+        exact, op = composed(x.float(), *(weight.float() for weight in weights[0])), swiglu_linear.linear
     row, graphs = {"what": kind, "tokens": len(exact)}, {}
     for form in FORMS:
         found = op(x, *weights[0], backend=form)
@@ -76,8 +76,8 @@ def measured(kind: str, x: torch.Tensor, weights: list[list[torch.Tensor]]) -> d
             sys.exit(f"{kind}, {form}: wrong by {row[f'{form}_error']}, no times are reported")
         graphs[form] = captured(functools.partial(op, x, backend=form), weights)
     for form, times in in_turns(graphs).items():
-        times = [1e6 * seconds / LAYERS for seconds in times]
-        row |= {f"{form}_us": round(statistics.median(times), 1), f"{form}_range_us": [min(times), max(times)]}
+        times = [round(1e6 * seconds / LAYERS, 1) for seconds in times]
+        row |= {f"{form}_us": statistics.median(times), f"{form}_range_us": [min(times), max(times)]}
     row["speed-up"] = round(row["apart_us"] / row["fused_us"], 3)
     print(json.dumps(row), flush=True)
     return row

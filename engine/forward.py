@@ -22,7 +22,7 @@ import torch
 from comfy.ldm.lumina.model import FeedForward, JointAttention, JointTransformerBlock, NextDiT, pos_ids_x
 from comfy.quant_ops import QuantizedTensor
 
-from ..kernels import attention, norm, rope, swiglu
+from ..kernels import attention, norm, rope, swiglu, swiglu_linear
 from ..kernels.arguments import FLOATS
 from . import expansion, layouts, prompt_batch
 from .expansion import Expanded
@@ -345,12 +345,12 @@ def gated(module: FeedForward, y: Rows, factor: float, expanded: Expanded) -> Ro
     """What the last linear of a feed-forward takes: SiLU of the first's times the second's, times factor."""
     linears, quantise = (module.w1, module.w3), takes_rows(module.w2)
     weights = [linear.weight for linear in linears]
-    if isinstance(y, tuple) and quantise and not any(linear.bias is not None for linear in linears):
+    if isinstance(y, tuple) and quantise and all(linear.bias is None for linear in linears):
         ready = tuple(map(expanded.get, linears))
         codes, scales = layouts.gate_rows(y[0].flatten(0, 1), y[1], *weights, factor, ready)
         return codes.unflatten(0, y[0].shape[:2]), scales
     if isinstance(y, torch.Tensor) and not quantise and all(is_plain(linear, y) for linear in linears):
-        return swiglu.linear(y.flatten(0, 1), *weights, factor).unflatten(0, y.shape[:2])
+        return swiglu_linear.linear(y.flatten(0, 1), *weights, factor).unflatten(0, y.shape[:2])
     gate, value = (project(linear, y, expanded) for linear in linears)
     h = swiglu.silu_mul(gate.flatten(0, 1), value.flatten(0, 1), quantise, factor)
     return (h[0].view(gate.shape), h[1]) if quantise else h.view(gate.shape)

@@ -10,7 +10,7 @@ import torch
 from comfy.quant_ops import QUANT_ALGOS, QuantizedLayout, QuantizedTensor, register_layout_class, register_layout_op
 from comfy_kitchen.tensor import BaseLayoutParams
 
-from ..kernels import fp8, int4, swiglu
+from ..kernels import fp8, int4, swiglu_linear
 
 INT4, FP8 = "zimage_int4", "zimage_fp8"  # names that stock loaders refuse
 LOADER = "Z-Image-Turbo Loader"
@@ -151,7 +151,7 @@ def gate_rows(
     """SiLU of `multiply_rows` with one weight, times that with another, times factor: FP8 rows [M, N] with scales."""
     weights = gate_weight, value_weight
     scaled = [(_fp8_codes(weight, own), weight._params.scale) for weight, own in zip(weights, expanded, strict=True)]
-    return swiglu.linear_fp8((codes, scales), *scaled, factor, gate_weight._params.orig_dtype)
+    return swiglu_linear.linear_fp8((codes, scales), *scaled, factor, gate_weight._params.orig_dtype)
 
 
 def leaves_scales(weight: QuantizedTensor, bias: torch.Tensor | None, rows: int) -> bool:

@@ -5,7 +5,7 @@ from functools import lru_cache
 import torch
 
 from . import arguments
-from .arguments import FLOATS, FP8, described
+from .arguments import FLOATS, FP8, check_tensor, described
 from .registry import Registry, Request, capability, lazily, no_refusal, product_request, triton_refusal
 
 CAPABILITY = (8, 9)
@@ -132,13 +132,6 @@ def _check_factors(op, x, weight):
     outputs, columns = weight.shape
     check_tensor(op, "x", x, (len(x), columns), FP8, x.device)
     check_tensor(op, "weight", weight, (outputs, columns), FP8, x.device)
-
-
-def check_tensor(op, name, tensor, shape, dtype, device):
-    if tensor.shape != shape or tensor.dtype != dtype or not tensor.is_contiguous() or tensor.device != device:
-        raise ValueError(
-            f"{op}: expected {name} to be a contiguous {list(shape)} of {dtype} on {device}, got {described(tensor)}"
-        )
 
 
 def check_bias(bias: torch.Tensor | None, outputs: int, device: torch.device, name: str) -> None:

@@ -1,4 +1,4 @@
-"""`swiglu.linear` in Triton for Hopper: both products of a tile stay in the tensor core's sums until y is made of them.
+"""`swiglu_linear` in Triton for Hopper: both products of a tile stay in the tensor core's sums until y is made of them.
 
 In FP8 too, whose products are scaled there: y is bf16, and a pass behind makes FP8 rows of it.
 

@@ -9,7 +9,7 @@ import torch
 from zimage_turbo.engine import formats, forward, graphs, layouts, modulation, ode, quantiser, sampling, turbo
 from zimage_turbo.engine.checkpoint import Checkpoint
 from zimage_turbo.engine.model import load_model
-from zimage_turbo.kernels import fp8, swiglu
+from zimage_turbo.kernels import fp8, swiglu_linear
 from zimage_turbo.tests.comparison import relative_error
 from zimage_turbo.tests.gpu import latents
 from zimage_turbo.tests.weights import small_transformer
@@ -145,7 +145,7 @@ def test_gates_of_many_rows_are_one_kernel_each(file, precision, monkeypatch, tm
     comfy.utils.save_torch_file(
         dict(formats.expanded(kept, torch.float32).weights), str(tmp_path / "exact.safetensors")
     )
-    ops, fused = (swiglu.SWIGLU_LINEAR, swiglu.SWIGLU_LINEAR_FP8), []
+    ops, fused = (swiglu_linear.SWIGLU_LINEAR, swiglu_linear.SWIGLU_LINEAR_FP8), []
 
     def counted(function):
         def call(*arguments):
@@ -175,7 +175,7 @@ def test_gates_of_many_rows_are_one_kernel_each(file, precision, monkeypatch, tm
     assert len(fused) == 2 * BLOCKS and torch.equal(together, replayed) and torch.equal(replayed, again)
     of_both_sizes = {turbo.FAST: 2 * graphs.WARM_UP, turbo.REPLAYED: 8 - graphs.WARM_UP + 2}
     assert dict(patcher.model.diffusion_model.forwards) == of_both_sizes
-    monkeypatch.setattr(swiglu, "FEWEST_ROWS", 10**9)
+    monkeypatch.setattr(swiglu_linear, "FEWEST_ROWS", 10**9)
     (apart,) = evaluated(load_model(file, precision))
     assert not fused
     errors = relative_error(together, exact), relative_error(apart, exact)

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from zimage_turbo.engine import formats, forward, layouts, ode, quantiser, sampling, turbo
 from zimage_turbo.engine.checkpoint import Checkpoint
 from zimage_turbo.engine.model import load_model
-from zimage_turbo.kernels import fp8, swiglu
+from zimage_turbo.kernels import fp8, swiglu_linear
 from zimage_turbo.tests.comparison import relative_error
 from zimage_turbo.tests.weights import small_transformer
 
@@ -96,13 +96,13 @@ def stored_by_columns(linear):
 @pytest.fixture
 def gated_together(monkeypatch):
     """The rows of each call that multiplied by both weights of a gate at once."""
-    real, rows = swiglu.linear, []
+    real, rows = swiglu_linear.linear, []
 
     def counted(x, *weights_and_factor):
         rows.append(len(x))
         return real(x, *weights_and_factor)
 
-    monkeypatch.setattr(swiglu, "linear", counted)
+    monkeypatch.setattr(swiglu_linear, "linear", counted)
     return rows
 
 

@@ -9,9 +9,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from zimage_turbo.kernels import fp8, registry, swiglu, swiglu_linear_triton
+from zimage_turbo.kernels import fp8, registry, swiglu, swiglu_linear, swiglu_linear_triton
 from zimage_turbo.kernels.arguments import FP8
-from zimage_turbo.kernels.swiglu import SWIGLU_LINEAR, SWIGLU_LINEAR_FP8, TwoWeightsRequest
+from zimage_turbo.kernels.swiglu_linear import SWIGLU_LINEAR, SWIGLU_LINEAR_FP8, TwoWeightsRequest
 from zimage_turbo.tests.unit.kernels import accuracy
 from zimage_turbo.tests.unit.kernels.accuracy import error, normal, on_devices
 
@@ -76,7 +76,7 @@ def test_within_the_error_of_two_linears(device, size, dtype, value_first):
     # The interpreter truncates bf16 at a store: one unit in the last place, not half of one.
     allowed = (2 if device == "cuda" else 4) * error(eager(x, *weights), exact)
     assert error(swiglu_linear_triton.linear(x, *weights, 1.0), exact) <= allowed
-    assert error(swiglu.linear(x, *weights, backend="apart"), exact) <= 2 * error(eager(x, *weights), exact)
+    assert error(swiglu_linear.linear(x, *weights, backend="apart"), exact) <= 2 * error(eager(x, *weights), exact)
 
 
 @sizes
@@ -107,7 +107,7 @@ def test_fp8_rows_of_fp8_rows(device, size, value_first, factor):
     x, *weights = [(codes, scales if i == 0 else scales.view(-1)) for i, (codes, scales) in enumerate(scaled)]
     exact = eager(*exact) * factor
     ours = swiglu_linear_triton.linear_fp8(x, *weights, factor, torch.bfloat16)
-    apart = swiglu.linear_fp8(x, *weights, factor, backend="apart")
+    apart = swiglu_linear.linear_fp8(x, *weights, factor, backend="apart")
     assert ours[0].dtype == FP8 and ours[1].shape == (size[0], 1)
     assert error(accuracy.dequantised(*ours), exact) <= 1.25 * error(accuracy.dequantised(*apart), exact) < 0.04
     assert error(ours[1], apart[1]) < 0.01
@@ -187,7 +187,7 @@ def test_other_gpus_take_two_linears(hopper, monkeypatch, capability):
 
 
 def test_an_older_triton_is_named(hopper, monkeypatch):
-    monkeypatch.setattr(swiglu, "has_tensor_descriptors", lambda: False)
+    monkeypatch.setattr(swiglu_linear, "has_tensor_descriptors", lambda: False)
     with pytest.raises(ValueError, match=r"needs Triton 3\.4 or newer, here is "):
         SWIGLU_LINEAR.choose("fused", HOPPER)
 
@@ -207,7 +207,7 @@ def test_an_older_triton_is_named(hopper, monkeypatch):
 def test_refusals_name_what_was_given(change, complaint):
     given = {"x": torch.zeros(3, 64), "gate_weight": torch.zeros(5, 64), "value_weight": torch.zeros(5, 64)}
     with pytest.raises(ValueError, match=complaint):
-        swiglu.linear(**{**given, **change})
+        swiglu_linear.linear(**{**given, **change})
 
 
 @pytest.mark.parametrize(
@@ -226,7 +226,7 @@ def test_refusals_of_scales_name_what_was_given(change, complaint):
     weight = torch.zeros(5, 64).to(FP8), torch.ones(5)
     given = {"x": (torch.zeros(3, 64).to(FP8), torch.ones(3, 1)), "gate_weight": weight, "value_weight": weight}
     with pytest.raises(ValueError, match=complaint):
-        swiglu.linear_fp8(**{**given, **change})
+        swiglu_linear.linear_fp8(**{**given, **change})
 
 
 def test_what_begins_in_between_is_seen():
@@ -238,5 +238,5 @@ def test_what_begins_in_between_is_seen():
         patch.setattr(SWIGLU_LINEAR, "backends", {"apart": backend})
         for first in (0, 2):
             gate, value = weights[first : first + 640].view(2, 5, 64)
-            swiglu.linear(torch.zeros(3, 64), gate, value)
+            swiglu_linear.linear(torch.zeros(3, 64), gate, value)
     assert seen == [True, False]

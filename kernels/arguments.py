@@ -23,7 +23,7 @@ def check_rows(tensor, name, shape=None, like=None, dtypes=FLOATS):
 
 
 def check_tensor(op, name, tensor, shape, dtype, device):
-    """Raises ValueError, which begins with `op`, unless the tensor is a contiguous one of that shape and dtype there."""
+    """Raises ValueError, beginning with `op`, unless the tensor is a contiguous one of that shape and dtype there."""
     if tensor.shape != shape or tensor.dtype != dtype or not tensor.is_contiguous() or tensor.device != device:
         raise ValueError(
             f"{op}: expected {name} to be a contiguous {list(shape)} of {dtype} on {device}, got {described(tensor)}"

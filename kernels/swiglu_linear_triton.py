@@ -19,15 +19,19 @@ from .fp8 import quantise_rows
 
 ROWS, OUTPUTS = 128, 128  # of a tile of y
 STEP = 128  # bytes of a row that a step of its sums takes
-GROUP = 16  # rows of tiles that go through the weights together, which the L2 cache then has for all of them
+GROUP = 16  # rows of tiles at most that go through the weights together, which the L2 cache then has for all of them
 
 
 @triton.jit
 def _place(tile, tiles_m, tiles_n, GROUP: tl.constexpr):
-    """Row and column of a tile: GROUP rows of tiles, column after column, then the next rows."""
-    of_group = GROUP * tiles_n
-    first = tile // of_group * GROUP
-    count = tl.minimum(tiles_m - first, GROUP)
+    """Row and column of a tile: a group of rows of tiles, column after column, then the next group.
+
+    Groups are as even as they can be: one of a single row would go through the weights as fast as memory gives them.
+    """
+    group = tl.cdiv(tiles_m, tl.cdiv(tiles_m, GROUP))
+    of_group = group * tiles_n
+    first = tile // of_group * group
+    count = tl.minimum(tiles_m - first, group)
     return first + tile % of_group % count, tile % of_group // count
 
 

@@ -21,7 +21,7 @@ from torch.nn.functional import layer_norm, linear, rms_norm, silu
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.conditions import gpu_conditions
-from kernels import attention, fp8, modulation, norm, rope, swiglu
+from kernels import attention, fp8, modulation, norm, rope, stream, swiglu
 from kernels.arguments import FP8, outputs, quantise_rows
 
 TOKENS, WIDTH, HEADS, HEAD_WIDTH, HIDDEN = 4224, 3840, 30, 128, 10240
@@ -86,6 +86,11 @@ def cases(device, tokens=TOKENS) -> list[Case]:
         x, h = tensor(1, tokens, WIDTH, spread=3, dtype=dtype), tensor(1, tokens, WIDTH, spread=5)
         return x, h, 1 + tensor(WIDTH, spread=0.2), tensor(1, WIDTH), 1 + tensor(WIDTH, spread=0.2), tensor(1, WIDTH)
 
+    def held():
+        y, *others = residual()
+        weight, scale = 1 + tensor(WIDTH, spread=0.2), tensor(1, WIDTH, spread=0.2)
+        return y, 1 + torch.rand(tokens, 1, device=device), weight, scale, *others
+
     def sums():
         x, _, *vectors = residual()
         row_scales, column_scales = (torch.rand(shape, device=device) * 1e-2 for shape in ((tokens, 1), (WIDTH,)))
@@ -109,6 +114,9 @@ def cases(device, tokens=TOKENS) -> list[Case]:
     def eager_residual(x, h, post_weight, gate, next_weight, scale):
         x = x + gate.unsqueeze(1).tanh() * rms_norm(h, h.shape[-1:], post_weight, EPS)
         return x, eager_modulate(x, next_weight.to(x.dtype), scale)[0].to(h.dtype)
+
+    def eager_held(y, rms, weight, scale, *others):
+        return eager_residual((y * rms / (weight * (1 + scale.unsqueeze(1)))).to(y.dtype), *others)[1:]
 
     def eager_sums(x, sums, post_weight, gate, next_weight, scale, row_scales, column_scales):
         h = (sums * row_scales * column_scales).to(sums.dtype)
@@ -139,6 +147,9 @@ def cases(device, tokens=TOKENS) -> list[Case]:
     def ours_residual(*given, quantise=False):
         return norm.residual_rms_modulate(*given, EPS, quantise)
 
+    def ours_held(*given):
+        return stream.add(stream.Normed(*given[:4]), *given[4:], EPS)[:1]
+
     def ours_sums(*given, quantise=False):
         return norm.residual_rms_modulate(*given[:6], EPS, quantise, 1.0, *given[6:])
 
@@ -157,6 +168,7 @@ def cases(device, tokens=TOKENS) -> list[Case]:
             "residual_rms_modulate -> fp8", residual, lambda *given: ours_residual(*given, quantise=True),
             quantised(eager_residual), fp8=True,
         ),
+        Case("stream.add", held, ours_held, eager_held),
         Case("residual_rms_modulate of sums", sums, ours_sums, eager_sums),
         Case(
             "residual ... of sums -> fp8", sums, lambda *given: ours_sums(*given, quantise=True),

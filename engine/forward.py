@@ -22,7 +22,7 @@ import torch
 from comfy.ldm.lumina.model import FeedForward, JointAttention, JointTransformerBlock, NextDiT, pos_ids_x
 from comfy.quant_ops import QuantizedTensor
 
-from ..kernels import attention, norm, rope, swiglu, swiglu_linear
+from ..kernels import attention, norm, rope, stream, swiglu, swiglu_linear
 from ..kernels.arguments import FLOATS
 from . import expansion, layouts, prompt_batch
 from .expansion import Expanded
@@ -50,6 +50,7 @@ class Sums(NamedTuple):
 
 
 Half = torch.Tensor | Sums
+Stream = torch.Tensor | stream.Normed
 
 
 def refusal(module: NextDiT, context: torch.Tensor | None, options: dict, arguments: dict) -> str | None:
@@ -187,7 +188,7 @@ def run_blocks(
     modulated: of each block; table [S, head dim / 2, 2]. exchange: with ranks that have other tokens; None if all are
     here. Each pass over x ends half a block and begins the next.
     """
-    x = x.to(compute.residual).contiguous()
+    x, held = x.to(compute.residual).contiguous(), holds_norm(blocks, compute)
     y = begin(x, blocks[0].attention_norm1, modulated[0][0], blocks[0].attention.qkv, compute.dtype)
     last, expanded = len(blocks) - 1, {}
     for i, (block, (_, gate_attention, scale_ffn, gate_ffn)) in enumerate(zip(blocks, modulated, strict=True)):
@@ -195,12 +196,24 @@ def run_blocks(
         following = [block.attention.out, *gates, block.feed_forward.w2]
         following += [blocks[i + 1].attention.qkv] if i < last else []
         h, expanded = attend(block.attention, y, table, compute, expanded, following, exchange)
-        x, y = add(x, h, compute, block.attention_norm2, gate_attention, block.ffn_norm1, scale_ffn, *gates)
+        x, y = add(x, h, compute, held, block.attention_norm2, gate_attention, block.ffn_norm1, scale_ffn, *gates)
         h = feed_forward(block.feed_forward, y, compute, expanded)
         if i == last:
-            return end(x, h, compute, block.ffn_norm2, gate_ffn)
+            return end(x, h, compute, held, block.ffn_norm2, gate_ffn)
         after, (scale, *_) = blocks[i + 1], modulated[i + 1]
-        x, y = add(x, h, compute, block.ffn_norm2, gate_ffn, after.attention_norm1, scale, after.attention.qkv)
+        x, y = add(x, h, compute, held, block.ffn_norm2, gate_ffn, after.attention_norm1, scale, after.attention.qkv)
+
+
+def holds_norm(blocks, compute: Compute) -> bool:
+    """Whether the residual stream lives on in its norm: that has the stream's own type, and no linear has it in FP8."""
+    if compute.dtype == torch.float16:
+        return False
+    return not any(takes_rows(linear) for block in blocks for linear in linears(block))
+
+
+def linears(block: JointTransformerBlock) -> tuple[torch.nn.Module, ...]:
+    attend, feed = block.attention, block.feed_forward
+    return attend.qkv, attend.out, feed.w1, feed.w3, feed.w2
 
 
 def begin(x, next_norm, scale, next_linear, dtype: torch.dtype) -> Rows:
@@ -208,16 +221,19 @@ def begin(x, next_norm, scale, next_linear, dtype: torch.dtype) -> Rows:
     return norm.rms_modulate(x, near(next_norm.weight, x), scale, next_norm.eps, takes_rows(next_linear), dtype)
 
 
-def add(x, h: Half, compute: Compute, post_norm, gate, next_norm, scale, *next_linears) -> tuple[torch.Tensor, Rows]:
-    """x plus what half a block computed, normalised for the linears that come next."""
+def add(
+    x: Stream, h: Half, compute: Compute, held: bool, post_norm, gate, next_norm, scale, *next_linears
+) -> tuple[Stream, Rows]:
+    """x plus what half a block computed, and its norm for the linears that come next; held: in which x lives on."""
     quantise, (h, *h_scales) = all(map(takes_rows, next_linears)), with_scales(h)
+    given = near(post_norm.weight, h), gate, near(next_norm.weight, h), scale
+    if held:
+        x = stream.add(x, h, *given, next_norm.eps, out=own(x))
+        return x, x.y
     x, *y = norm.residual_rms_modulate(
         x,
         h,
-        near(post_norm.weight, x),
-        gate,
-        near(next_norm.weight, x),
-        scale,
+        *given,
         next_norm.eps,
         quantise,
         compute.factor,
@@ -228,13 +244,20 @@ def add(x, h: Half, compute: Compute, post_norm, gate, next_norm, scale, *next_l
     return x, tuple(y) if quantise else y[0]
 
 
-def end(x, h: Half, compute: Compute, post_norm, gate) -> torch.Tensor:
+def end(x: Stream, h: Half, compute: Compute, held: bool, post_norm, gate) -> torch.Tensor:
     """x plus what the last half of the last block computed."""
     h, *h_scales = with_scales(h)
-    gain = near(post_norm.weight, x)
+    gain = near(post_norm.weight, h)
+    if held:
+        return stream.add(x, h, gain, gate, None, None, post_norm.eps, out=own(x))
     return norm.residual_rms_modulate(
         x, h, gain, gate, None, None, post_norm.eps, False, compute.factor, *h_scales, x_out=x
     )
+
+
+def own(x: Stream) -> torch.Tensor:
+    """The tensor that a stream lies in, which nobody reads after the next addition."""
+    return x.y if isinstance(x, stream.Normed) else x
 
 
 def with_scales(h: Half) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:

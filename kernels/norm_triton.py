@@ -17,13 +17,13 @@ def _sum_and_max(sum_a, max_a, sum_b, max_b):
 
 
 @triton.jit
-def _columns(x_ptr, BLOCK: tl.constexpr):
+def columns(x_ptr, BLOCK: tl.constexpr):
     """The columns, a thread's as many together as 16 bytes hold of x: then x, h and FP8 codes need no other order."""
     return tl.max_contiguous(tl.arange(0, BLOCK), 128 // x_ptr.dtype.element_ty.primitive_bitwidth)
 
 
 @triton.jit
-def _gain(
+def gain_of_columns(
     weight_ptr, scale_ptr, scale_stride, image, column, mask,
     WEIGHT: tl.constexpr, SCALE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -58,9 +58,9 @@ def _norm_modulate_kernel(
     BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     image = tl.program_id(1).to(tl.int64)
-    column = _columns(x_ptr, BLOCK)
+    column = columns(x_ptr, BLOCK)
     mask = column < width
-    gain = _gain(weight_ptr, scale_ptr, scale_stride, image, column, mask, WEIGHT, SCALE, BLOCK)
+    gain = gain_of_columns(weight_ptr, scale_ptr, scale_stride, image, column, mask, WEIGHT, SCALE, BLOCK)
     for token in tl.range(tl.program_id(0), tokens, tl.num_programs(0), num_stages=STAGES):
         row = image * tokens + token
         start = row * width
@@ -78,7 +78,7 @@ def _residual_rms_modulate_kernel(
     BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     image = tl.program_id(1).to(tl.int64)
-    column = _columns(x_ptr, BLOCK)
+    column = columns(x_ptr, BLOCK)
     mask = column < width
     h_gain = tl.load(post_weight_ptr + column, mask=mask, other=0.0).to(tl.float32)
     if SUMS:
@@ -87,7 +87,7 @@ def _residual_rms_modulate_kernel(
         gate = tl.load(gate_ptr + image * gate_stride + column, mask=mask, other=0.0).to(tl.float32)
         h_gain *= 2.0 * tl.sigmoid(2.0 * gate) - 1.0  # tanh(gate)
     if NEXT:
-        gain = _gain(next_weight_ptr, scale_ptr, scale_stride, image, column, mask, True, SCALE, BLOCK)
+        gain = gain_of_columns(next_weight_ptr, scale_ptr, scale_stride, image, column, mask, True, SCALE, BLOCK)
     for token in tl.range(tl.program_id(0), tokens, tl.num_programs(0), num_stages=STAGES):
         row = image * tokens + token
         start = row * width
@@ -133,7 +133,7 @@ def _norm_modulate(x, weight, scale, eps, y, row_scales, centre, split):
     rows, warps, stages = split or row_split(tokens, width)
     with torch.cuda.device_of(x):
         _norm_modulate_kernel[(triton.cdiv(tokens, rows), batch)](
-            x, weight, scale, y, row_scales, tokens, width, _row_stride(scale), eps,
+            x, weight, scale, y, row_scales, tokens, width, row_stride(scale), eps,
             CENTRE=centre, WEIGHT=weight is not None, SCALE=scale is not None, QUANTISE=row_scales is not None,
             BLOCK=triton.next_power_of_2(width), STAGES=stages, num_warps=warps,
         )  # fmt: skip
@@ -149,7 +149,7 @@ def residual_rms_modulate(
     with torch.cuda.device_of(x):
         _residual_rms_modulate_kernel[(triton.cdiv(tokens, rows), batch)](
             x, h, post_weight, gate, next_weight, scale, x_out, y, row_scales, h_row_scales, h_column_scales,
-            tokens, width, _row_stride(gate), _row_stride(scale), eps * h_scale**2, eps,
+            tokens, width, row_stride(gate), row_stride(scale), eps * h_scale**2, eps,
             SUMS=h_row_scales is not None, GATE=gate is not None, NEXT=next_weight is not None,
             SCALE=scale is not None, QUANTISE=row_scales is not None, BLOCK=triton.next_power_of_2(width),
             STAGES=stages, num_warps=warps,
@@ -178,5 +178,5 @@ def row_blocks(width):
     return block, min(max(block // 512, 1), 16)
 
 
-def _row_stride(tensor):
+def row_stride(tensor):
     return 0 if tensor is None else tensor.stride(0)

@@ -64,6 +64,44 @@ def test_fp16_beyond_its_range(tmp_path):
     assert not torch.isfinite(NextDiT._forward(module, x.half(), timesteps, context.half(), 21)).all()
 
 
+def test_columns_that_a_norm_multiplies_by_nothing_are_not_forgotten(tmp_path):
+    """The stream lives on in its norm, where such columns would be zeros."""
+    module = plain_module(tmp_path)
+    for i, block in enumerate(module.layers):
+        for part in (block.attention_norm1, block.ffn_norm1):
+            part.weight.data[i::50] = 0
+    request = *request_of(1, 24, 28, 21), 21
+    assert relative_error(module._forward(*request), NextDiT._forward(module, *request)) < 2e-5
+
+
+OWN_ERROR = {torch.float32: 1e-6, torch.bfloat16: 0.02, torch.float16: 0.003}
+
+
+@pytest.mark.parametrize("dtype", OWN_ERROR, ids=["fp32", "bf16", "fp16"])
+def test_the_stream_is_held_as_its_norm_where_that_has_its_type(tmp_path, held, dtype):
+    """In fp16 the stream is fp32."""
+    module, (x, timesteps, context) = plain_module(tmp_path), request_of(1, 24, 28, 21)
+    exact, request = module._forward(x, timesteps, context, 21), (x.to(dtype), timesteps, context.to(dtype), 21)
+    module.to(dtype)
+    held.clear()
+    ours = module._forward(*request)
+    assert len(held) == (0 if dtype == torch.float16 else 2 * BLOCKS)
+    assert relative_error(ours.float(), exact) < OWN_ERROR[dtype]
+
+
+def test_a_stream_beside_fp8_rows_is_a_tensor(files_in_fp8, fp8_rows, held):
+    """Of which one linear of one block takes some: its scales are left to the norm."""
+    module = load_model(files_in_fp8["fp8"][0], "auto").model.diffusion_model
+    module._forward(*request_of(1, 24, 28, 21), 21)
+    assert fp8_rows and not held
+    for linear in quantised_linears(module):
+        if linear is not module.layers[1].feed_forward.w2:
+            patched(linear)
+    fp8_rows.clear()
+    module._forward(*request_of(1, 24, 28, 21), 21)
+    assert fp8_rows == [W2] and len(held) == 2 * (BLOCKS - 2)
+
+
 @pytest.mark.parametrize("rows", [1, 7, 100])
 def test_a_feed_forward_of_many_rows_is_computed_run_by_run(small, monkeypatch, rows):
     module, (x, timesteps, context) = small.model.diffusion_model, request_of(2, 24, 28, 21)
@@ -91,6 +129,19 @@ def watched(linear):
 
 def stored_by_columns(linear):
     linear.weight = torch.nn.Parameter(linear.weight.t().contiguous().t(), requires_grad=False)
+
+
+@pytest.fixture
+def held(monkeypatch):
+    """The additions to a stream that is held as its norm."""
+    real, additions = forward.stream.add, []
+
+    def counted(x, *given, **more):
+        additions.append(type(x))
+        return real(x, *given, **more)
+
+    monkeypatch.setattr(forward.stream, "add", counted)
+    return additions
 
 
 @pytest.fixture
@@ -172,6 +223,12 @@ def fp8_rows(monkeypatch):
     return products
 
 
+def quantised_linears(module):
+    linears = [part for part in module.modules() if hasattr(getattr(part, "weight", None), "_params")]
+    assert linears
+    return linears
+
+
 FP8_OWN_ERROR = 0.1  # of a whole forward
 W2 = (256, 768)
 BLOCKS = 6  # two of each refiner, two layers
@@ -185,9 +242,8 @@ def test_the_last_product_leaves_its_scales_to_the_norm(files_in_fp8, fp8_rows, 
     x, timesteps, context = request_of(1, 24, 28, 21)
     exact = load_model(whole, "fp32").model.diffusion_model._forward(x, timesteps, context, 21)
     module = load_model(file, "auto").model.diffusion_model
-    for linear in module.modules():
-        if isinstance(linear, torch.nn.Linear) and hasattr(linear.weight, "_params"):
-            object.__setattr__(linear.weight._params, "orig_dtype", dtype)
+    for linear in quantised_linears(module):
+        object.__setattr__(linear.weight._params, "orig_dtype", dtype)
     request = x.to(dtype), timesteps, context.to(dtype), 21
     ours = module._forward(*request).float()
     assert fp8_rows == [W2] * BLOCKS

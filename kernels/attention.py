@@ -19,6 +19,7 @@ from .registry import (
     Backend,
     Registry,
     Request,
+    has_gluon,
     has_tensor_descriptors,
     installed,
     lazily,
@@ -187,6 +188,19 @@ def _flash_attn_refusal(request):
     )
 
 
+def _hopper_refusal(request):
+    if request.lengths:
+        return "takes no lengths"
+    if request.head_dim != 128:
+        return f"takes a head dimension of 128, got {request.head_dim}"
+    reason = _half_precision_refusal(request, 128) or triton_refusal(request)
+    if reason is not None:
+        return reason
+    if request.capability[0] != 9:
+        return "is made for GPUs of compute capability 9.0 (Hopper), this one has {}.{}".format(*request.capability)
+    return None if has_gluon() else f"needs Triton 3.6 or newer, here is {version('triton')}"
+
+
 def _triton_refusal(request):
     if request.head_dim not in (16, 32, 64, 128):
         return f"takes a head dimension of 16, 32, 64 or 128, got {request.head_dim}"
@@ -203,6 +217,7 @@ def _triton_fp8_refusal(request):
 
 _of_codes = lazily("attention_fp8_triton", "attention_of_codes")
 _rows_of_codes = lazily("attention_fp8_triton", "rows_of_codes")
+ATTENTION.register("hopper", lazily("attention_hopper_triton", "attention"), _hopper_refusal)
 ATTENTION.register("cudnn", cudnn, _cudnn_refusal)
 ATTENTION.register("flash-attn", flash_attn, _flash_attn_refusal)
 ATTENTION.register("flash", flash, _flash_refusal)

@@ -33,7 +33,9 @@ def _attend(
     fade = tl.exp2(peak - new_peak)
     total = total * fade + tl.sum(weights, axis=1) * tl.exp2(-lift)
     weights = in_token_order(weights.to(COMPUTE), BLOCK, BLOCK)
-    values = tl.dot(weights, v.to(COMPUTE).T, values * fade[:, None], input_precision="ieee")
+    # Added up here, not in the product's own sums: Hopper keeps 14 bits of these and cuts off the rest, which is seen
+    # where values have a mean in common (of 0.5, over 16448 keys: an error of 0.16 there, 0.003 here).
+    values = values * fade[:, None] + tl.dot(weights, v.to(COMPUTE).T, input_precision="ieee")
     return total, new_peak, values
 
 

@@ -22,6 +22,7 @@ import importlib.metadata
 import importlib.util
 import json
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -248,6 +249,12 @@ def installed(package: str) -> bool:
 def has_tensor_descriptors() -> bool:
     """Whether the installed Triton can have Hopper's copy engine bring tiles: from version 3.4 on."""
     return importlib.util.find_spec("triton.tools.tensor_descriptor") is not None
+
+
+@functools.cache
+def has_gluon() -> bool:
+    """Whether the installed Triton has Gluon, where kernels place their warps, as we write it: from version 3.6 on."""
+    return installed("triton") and tuple(map(int, re.findall(r"\d+", version("triton"))[:2])) >= (3, 6)
 
 
 def triton_refusal(request: Request) -> str | None:

@@ -145,7 +145,7 @@ def in_order(values):
 
 
 @requires_gpu
-@pytest.mark.parametrize("name", ["cudnn", "flash-attn", "flash", "triton", "sdpa", "triton-fp8"])
+@pytest.mark.parametrize("name", ["hopper", "cudnn", "flash-attn", "flash", "triton", "sdpa", "triton-fp8"])
 @pytest.mark.parametrize("size", [(1, 30, 4224, 4224, 128), (2, 2, 333, 333, 128)], ids=["full", "odd"])
 def test_every_backend_on_the_gpu(name, size):
     q, k, v = arguments(size, "cuda", torch.bfloat16, spread=1)
@@ -155,6 +155,17 @@ def test_every_backend_on_the_gpu(name, size):
     exact = exactly(q, k, v)
     allowed = ATTENTION.backends[name].error or 2 * error(formula(q, k, v), exact)
     assert error(attention.attention(q, k, v, backend=name), exact) <= allowed
+
+
+@requires_gpu
+def test_long_rows_of_fp8_products_are_added_up_exactly():
+    """Values with a mean in common, over the keys of 2048x2048: sums that the tensor core keeps lose 16 % of it."""
+    q, k, v = arguments((1, 2, 1000, 16448, 128), "cuda", torch.bfloat16, spread=1)
+    reason = ATTENTION.refusals(attention.request(q, k, v))["triton-fp8"]
+    if reason:
+        pytest.skip(reason)
+    v = v + 0.5
+    assert error(attention.attention(q, k, v, backend="triton-fp8"), exactly(q, k, v)) < 0.01
 
 
 @requires_gpu
@@ -210,7 +221,9 @@ def on_gpu(monkeypatch, capability, **changes):
 @pytest.mark.parametrize(
     ("capability", "changes", "chosen", "allowed_error"),
     [
-        ((9, 0), {}, "cudnn", 0.0),
+        ((9, 0), {}, "hopper", 0.0),
+        ((9, 0), {"head_dim": 64}, "cudnn", 0.0),
+        ((10, 0), {}, "cudnn", 0.0),
         ((8, 0), {"head_dim": 160}, "flash", 0.0),
         ((9, 0), {"lengths": True}, "triton", 0.0),
         ((9, 0), {"dtype": torch.float32}, "sdpa", 0.1),

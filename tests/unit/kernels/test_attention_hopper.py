@@ -1,0 +1,176 @@
+"""Attention for Hopper: on such a GPU against the formula in float64; anywhere, its instructions and what it refuses.
+
+Gluon has no interpreter, so without such a GPU nothing of it is computed.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from zimage_turbo.kernels import attention, attention_hopper_triton, registry
+from zimage_turbo.kernels.attention import ATTENTION, AttentionRequest
+from zimage_turbo.tests.unit.kernels.accuracy import GPU, error, normal, poisoned
+
+HOPPER = GPU and torch.cuda.get_device_capability()[0] == 9
+requires_hopper = pytest.mark.skipif(not HOPPER, reason="no Hopper GPU")
+HALVES = {"fp16": torch.float16, "bf16": torch.bfloat16}
+dtypes = pytest.mark.parametrize("dtype", HALVES.values(), ids=HALVES.keys())
+# B, H, S, T: whole tiles of 192 queries and blocks of 128 keys, one more or less, a few rows, more heads than programs
+SIZES = [
+    (1, 2, 192, 128), (1, 2, 193, 129), (2, 3, 191, 255), (1, 1, 1, 1), (1, 3, 5, 300), (3, 2, 1000, 777),
+    (1, 140, 64, 64), (1, 30, 4160, 4160), (2, 30, 1088, 1088), (1, 15, 2080, 4160),
+]  # fmt: skip
+SCRIPT = """
+import json, sys, types
+
+package = types.ModuleType("zimage_turbo")
+package.__path__ = [sys.argv[1]]
+sys.modules["zimage_turbo"] = package
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.experimental.gluon._runtime import GluonASTSource
+
+from zimage_turbo.kernels import attention_hopper_triton as module
+
+kernel = module._attention_kernel
+tensors = [f"tensordesc<{sys.argv[2]}[{rows}, 128], {module.TILE!r}>" for rows in (64, 128, 128, 64)]
+signature = dict(zip(kernel.arg_names, [*tensors, *4 * ["i32"], "fp32"]))
+made = triton.compile(GluonASTSource(kernel, signature), target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})
+print(json.dumps([made.asm["ptx"], made.metadata.shared]))
+"""
+
+
+def formula(q, k, v):
+    """softmax(q kᵀ / sqrt(D)) v head by head, with every step in the tensors' dtype."""
+    parts = zip(q.unbind(1), k.unbind(1), v.unbind(1), strict=True)
+    return torch.stack([(q @ k.mT / q.shape[-1] ** 0.5).softmax(-1) @ v for q, k, v in parts], 1)
+
+
+def exactly(q, k, v):
+    heads = range(q.shape[1])
+    return torch.cat([formula(*(part[:, [head]].double() for part in (q, k, v))) for head in heads], 1)
+
+
+def arguments(size, dtype, spread=2):
+    """As the forward has them: q and k by tokens, v a part of the fused projection; beyond them lies NaN."""
+    batch, heads, queries, keys = size
+    q, k = (
+        normal(batch, tokens, heads, 128, device="cuda", dtype=dtype, spread=spread).transpose(1, 2)
+        for tokens in (queries, keys)
+    )
+    qkv = poisoned((batch, keys, 3, heads, 128), dtype, "cuda")
+    qkv[:, :, 2] = normal(batch, keys, heads, 128, device="cuda", dtype=dtype)
+    return q, k, qkv[:, :, 2].transpose(1, 2)
+
+
+@requires_hopper
+@pytest.mark.parametrize("size", SIZES, ids=lambda size: "x".join(map(str, size)))
+@dtypes
+def test_within_the_error_of_the_formula(size, dtype):
+    q, k, v = arguments(size, dtype)
+    exact = exactly(q, k, v)
+    out = poisoned((size[0], size[2], size[1], 128), dtype, "cuda").transpose(1, 2)
+    found = attention_hopper_triton.attention(q, k, v, None, out)
+    assert found is out and error(out, exact) <= 2 * error(formula(q, k, v), exact)
+
+
+@requires_hopper
+def test_long_rows_and_many_turns_of_a_buffer():
+    """2048x2048: 129 blocks of keys, 20 tiles a program, values with a mean in common. Twice the same bits."""
+    q, k, v = arguments((1, 30, 16448, 16448), torch.bfloat16, spread=1)
+    v += 0.5
+    out = attention_hopper_triton.attention(q, k, v, None)
+    for head in (0, 17, 29):
+        own = [part[:, [head]] for part in (q, k, v)]
+        assert error(out[:, [head]], exactly(*own)) < 3e-3
+    assert torch.equal(out, attention_hopper_triton.attention(q, k, v, None))
+
+
+@requires_hopper
+def test_large_scores_do_not_overflow():
+    q, k, v = arguments((1, 2, 300, 500), torch.bfloat16)
+    q = q * 300
+    assert error(attention_hopper_triton.attention(q, k, v, None), exactly(q, k, v)) < 6e-3
+
+
+@requires_hopper
+def test_nan_and_infinity_stay_visible_where_they_belong():
+    q, k, v = arguments((1, 2, 300, 500), torch.bfloat16)
+    q[0, 0, 7], v[0, 1, 499] = float("nan"), float("inf")
+    out = attention_hopper_triton.attention(q, k, v, None)
+    assert out[0, 0, 7].isnan().all() and torch.isfinite(out[0, 0, :7]).all() and torch.isfinite(out[0, 0, 8:]).all()
+    assert not torch.isfinite(out[0, 1]).any()
+
+
+@requires_hopper
+@pytest.mark.parametrize("part", [0, 1, 2], ids=["q", "k", "v"])
+def test_any_layout(part):
+    """Heads apart, rows that begin where the copy engine cannot read, and rows that are not a multiple of 16 bytes."""
+    given = arguments((2, 3, 300, 200), torch.bfloat16)
+    expected = attention_hopper_triton.attention(*given, None)
+    batch, heads, tokens, width = given[part].shape
+    apart = given[part].contiguous()
+    memory = torch.zeros(given[part].numel() + 1, dtype=torch.bfloat16, device="cuda")
+    shifted = memory[1:].view(batch, tokens, heads, width).transpose(1, 2).copy_(given[part])
+    wide = torch.zeros(batch, tokens, heads * width + 1, dtype=torch.bfloat16, device="cuda")
+    ragged = wide[:, :, :-1].unflatten(2, (heads, width)).transpose(1, 2).copy_(given[part])
+    for other in (apart, shifted, ragged):
+        assert torch.equal(attention_hopper_triton.attention(*given[:part], other, *given[part + 1 :], None), expected)
+
+
+@requires_hopper
+def test_it_replays_in_a_cuda_graph():
+    q, k, v = arguments((1, 30, 1088, 1088), torch.bfloat16)
+    eager = attention_hopper_triton.attention(q, k, v, None)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = attention_hopper_triton.attention(q, k, v, None)
+    captured.fill_(float("nan"))
+    graph.replay()
+    assert torch.equal(captured, eager)
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_weights_go_from_registers_to_the_tensor_core(pack, dtype):
+    """Three groups of warps with 8 products for scores and 8 for values, in a loop and for what is around it."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", SCRIPT, str(pack), dtype]
+    ran = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert ran.returncode == 0, ran.stderr
+    ptx, shared = json.loads(ran.stdout)
+    assert ptx.count("wgmma.mma_async") == ptx.count("m64n128k16") == 3 * 2 * (8 + 8)
+    assert "ld.shared.v4" not in ptx and "ldmatrix" not in ptx and "cp.async.bulk.tensor.2d" in ptx
+    assert shared <= 227 * 1024
+
+
+def asked(**changes):
+    sizes = {"batch": 1, "heads": 30, "tokens": 4160, "keys": 4160, "head_dim": 128, "dtype": torch.bfloat16}
+    return AttentionRequest(device=torch.device("cuda:0"), **{**sizes, **changes})
+
+
+@pytest.mark.parametrize(
+    ("capability", "triton", "changes", "reason"),
+    [
+        ((9, 0), "3.6.0", {}, None),
+        ((9, 0), "3.10.1+git1", {}, None),
+        ((9, 0), "3.5.1", {}, "needs Triton 3.6 or newer, here is 3.5.1"),
+        ((9, 0), "none", {}, "needs Triton 3.6 or newer, here is none"),
+        ((8, 9), "3.6.0", {}, r"\(Hopper\), this one has 8.9"),
+        ((10, 0), "3.6.0", {}, r"\(Hopper\), this one has 10.0"),
+        ((9, 0), "3.6.0", {"head_dim": 64}, "takes a head dimension of 128, got 64"),
+        ((9, 0), "3.6.0", {"dtype": torch.float32}, "takes bfloat16 and float16"),
+        ((9, 0), "3.6.0", {"lengths": True}, "takes no lengths"),
+    ],
+)
+def test_what_it_refuses(monkeypatch, capability, triton, changes, reason):
+    monkeypatch.setattr(registry, "_capability", lambda index: capability)
+    monkeypatch.setattr(registry, "version", lambda package: triton)
+    monkeypatch.setattr(attention, "version", lambda package: triton)
+    monkeypatch.setattr(attention, "has_gluon", registry.has_gluon.__wrapped__)  # what it found is kept
+    found = ATTENTION.refusals(asked(**changes))["hopper"]
+    assert found is None if reason is None else re.search(reason, found)

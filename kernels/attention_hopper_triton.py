@@ -218,7 +218,7 @@ def _by_tokens(tensor):
     packed = heads == 1 or tensor.stride(1) == width
     if packed and tensor.data_ptr() % 16 == 0 and not any(stride % 8 for stride in strides):
         return tensor
-    return tensor.transpose(1, 2).contiguous().transpose(1, 2)
+    return tensor.transpose(1, 2).clone(memory_format=torch.contiguous_format).transpose(1, 2)
 
 
 def _described(tensor, rows):

@@ -181,9 +181,11 @@ def test_a_shortage_takes_the_memory_of_the_graphs(file):
     torch.cuda.set_per_process_memory_fraction(
         torch.cuda.memory_reserved() / torch.cuda.get_device_properties(0).total_memory
     )
+    held = []
     try:
         with pytest.raises(torch.cuda.OutOfMemoryError):
-            torch.empty(size, dtype=torch.uint8, device="cuda")
+            while True:  # what lies free beside the graph's
+                held.append(torch.empty(size, dtype=torch.uint8, device="cuda"))
         shortage.with_room(lambda _: torch.empty(size, dtype=torch.uint8, device="cuda"), torch.empty(0).cuda())
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)

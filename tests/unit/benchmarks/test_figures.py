@@ -60,6 +60,14 @@ def test_speed_of_a_large_picture(pack, page):
 
 
 @pytest.mark.parametrize("page", ["README.md", "README.zh.md"])
+def test_speed_of_a_feed_forwards_gate(pack, page):
+    report = json.loads((pack / "benchmarks" / "results" / "swiglu_linear_h100.json").read_text(encoding="utf-8"))
+    (line,) = (line for line in paragraphs(pack / page) if "swiglu_linear_h100.json" in line)
+    speeds = [row["speed-up"] for row in report["rows"]]
+    assert len(speeds) == 6 and all(f" {speed:.2f} " in line for speed in (min(speeds), max(speeds)))
+
+
+@pytest.mark.parametrize("page", ["README.md", "README.zh.md"])
 def test_two_ranks_on_one_gpu(pack, page):
     report = json.loads((pack / "benchmarks" / "results" / "multi_gpu_shared_h100.json").read_text(encoding="utf-8"))
     start, images, sequence = report["rows"]

@@ -177,7 +177,7 @@ def test_a_shortage_takes_the_memory_of_the_graphs(file):
     before = draw(patcher, (1024, 1024))
     torch.cuda.empty_cache()
     segments = [one for one in torch.cuda.memory_snapshot() if one["segment_pool_id"] == module.graphs.pool]
-    size = sum(segment["total_size"] for segment in segments) // 2  # cuBLAS keeps a workspace there as well
+    size = sum(segment["total_size"] for segment in segments) // 4  # cuBLAS keeps a workspace there as well
     torch.cuda.set_per_process_memory_fraction(
         torch.cuda.memory_reserved() / torch.cuda.get_device_properties(0).total_memory
     )

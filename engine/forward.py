@@ -225,11 +225,12 @@ def add(
     x: Stream, h: Half, compute: Compute, held: bool, post_norm, gate, next_norm, scale, *next_linears
 ) -> tuple[Stream, Rows]:
     """x plus what half a block computed, and its norm for the linears that come next; held: in which x lives on."""
-    quantise, (h, *h_scales) = all(map(takes_rows, next_linears)), with_scales(h)
+    h, *h_scales = with_scales(h)
     given = near(post_norm.weight, h), gate, near(next_norm.weight, h), scale
     if held:
         x = stream.add(x, h, *given, next_norm.eps, out=own(x))
         return x, x.y
+    quantise = all(map(takes_rows, next_linears))
     x, *y = norm.residual_rms_modulate(
         x,
         h,

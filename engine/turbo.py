@@ -96,7 +96,7 @@ class TurboNextDiT(NextDiT):
         self, context: torch.Tensor, lengths: tuple[int, ...] | None, groups: list[rows.Numbers]
     ) -> list[torch.Tensor]:
         refine = functools.partial(forward.refine_caption, self)
-        compute = forward.Compute(context.dtype, self.attention)
+        compute = self.compute(context, exact=True)
         given = [(context, compute)]
         if lengths is not None:
             own = [[lengths[number] for number in numbers] for numbers in groups]
@@ -112,12 +112,15 @@ class TurboNextDiT(NextDiT):
         others += later
         return [rehearsed(refine, context.device, others)(*first), *(refine(*each) for each in later)]
 
-    def compute(self, x: torch.Tensor) -> forward.Compute:
-        """How a latent of x's type is computed where x lies."""
+    def compute(self, x: torch.Tensor, exact: bool = False) -> forward.Compute:
+        """How a latent of x's type is computed where x lies, by all ranks.
+
+        exact: how a text is, by each rank for itself, and by attention that does not round to FP8.
+        """
         block = self.layers[0].attention
-        allowed = FP8_ERROR if layouts.takes_rows(block.qkv.weight) else 0.0
+        allowed = FP8_ERROR if layouts.takes_rows(block.qkv.weight) and not exact else 0.0
         backend = attention_backend(self.attention, x.device, x.dtype, block.n_local_heads, block.head_dim, allowed)
-        return forward.Compute(x.dtype, backend, ranks=self.joint.ranks if self.joint else None)
+        return forward.Compute(x.dtype, backend, ranks=self.joint.ranks if self.joint and not exact else None)
 
     def _fast(
         self, x: torch.Tensor, timesteps: torch.Tensor, caption: torch.Tensor, weights: tuple | None, graphed: bool

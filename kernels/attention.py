@@ -191,6 +191,8 @@ def _flash_attn_refusal(request):
 def _hopper_refusal(request):
     if request.lengths:
         return "takes no lengths"
+    if not request.tokens or not request.keys:
+        return "takes one token and one key at least"
     if request.head_dim != 128:
         return f"takes a head dimension of 128, got {request.head_dim}"
     reason = _half_precision_refusal(request, 128) or triton_refusal(request)

@@ -13,6 +13,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from .arguments import FP8
 from .heads import BLOCK, quantise_heads
 from .heads_triton import in_token_order
+from .registry import capability
 
 ROUNDED = 1 + 2**-4  # weights may all have been rounded up
 SHIFT = 8.0  # weights times 2^8: FP8 (up to 448, down to 2^-9) then keeps them down to 2^-17 of the largest
@@ -21,7 +22,7 @@ SHIFT = 8.0  # weights times 2^8: FP8 (up to 448, down to 2^-9) then keeps them 
 @triton.jit
 def _attend(
     total, peak, values, q, k, v, scale, v_scale, attended,
-    MASKED: tl.constexpr, SHIFT: tl.constexpr, COMPUTE: tl.constexpr, BLOCK: tl.constexpr,
+    MASKED: tl.constexpr, SHIFT: tl.constexpr, COMPUTE: tl.constexpr, EXACT_FROM: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """A block of keys. The scale of its values, 2^lift, is part of the exponent: `peak` bounds weight times scale."""
     scores = tl.dot(q, k.to(COMPUTE).T, input_precision="ieee")
@@ -35,7 +36,8 @@ def _attend(
     weights = in_token_order(weights.to(COMPUTE), BLOCK, BLOCK)
     # Added up here, not in the product's own sums: Hopper keeps 14 bits of these and cuts off the rest, which is seen
     # where values have a mean in common (of 0.5, over 16448 keys: an error of 0.16 there, 0.003 here).
-    values = values * fade[:, None] + tl.dot(weights, v.to(COMPUTE).T, input_precision="ieee")
+    added = tl.dot(weights, v.to(COMPUTE).T, input_precision="ieee", max_num_imprecise_acc=EXACT_FROM)
+    values = values * fade[:, None] + added
     return total, new_peak, values
 
 
@@ -56,7 +58,7 @@ def _attention_kernel(
     q_batch, q_head, q_token, q_scale_head, q_scale_block, k_scale_head, k_scale_block,
     out_batch, out_head, out_token,
     LENGTHS: tl.constexpr, QUANTISE: tl.constexpr, SHIFT: tl.constexpr, ROUNDED: tl.constexpr, COMPUTE: tl.constexpr,
-    BLOCK: tl.constexpr, WIDTH: tl.constexpr,
+    EXACT_FROM: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     block, plane = tl.program_id(0), tl.program_id(1)
     batch, head = plane.to(tl.int64) // heads, plane.to(tl.int64) % heads
@@ -83,7 +85,8 @@ def _attention_kernel(
         row_scale = tl.zeros([BLOCK], tl.float32) + scale * k_scale
         total, peak, values = _attend(
             total, peak, values, q, k_desc.load([plane * keys + i * BLOCK, 0]), v_desc.load([plane * WIDTH, i * BLOCK]),
-            row_scale, v_scale, None, MASKED=False, SHIFT=SHIFT, COMPUTE=COMPUTE, BLOCK=BLOCK,
+            row_scale, v_scale, None,
+            MASKED=False, SHIFT=SHIFT, COMPUTE=COMPUTE, EXACT_FROM=EXACT_FROM, BLOCK=BLOCK,
         )  # fmt: skip
         ahead = tl.minimum(i + 1, blocks - 1)
         k_scale, v_scale = tl.load(k_scale_ptr + ahead * k_scale_block), tl.load(v_scale_ptr + ahead)
@@ -93,7 +96,7 @@ def _attention_kernel(
         k, v = k_desc.load([plane * keys + whole * BLOCK, 0]), v_desc.load([plane * WIDTH, whole * BLOCK])
         total, peak, values = _attend(
             total, peak, values, q, k, v, row_scale, v_scale, attended,
-            MASKED=True, SHIFT=SHIFT, COMPUTE=COMPUTE, BLOCK=BLOCK,
+            MASKED=True, SHIFT=SHIFT, COMPUTE=COMPUTE, EXACT_FROM=EXACT_FROM, BLOCK=BLOCK,
         )  # fmt: skip
 
     values = values / tl.where(total > 0, total, 1.0)[:, None]
@@ -139,6 +142,14 @@ def _by_tokens(q, dtype):
     return torch.empty((batch, tokens, heads, width), dtype=dtype, device=q.device).transpose(1, 2)
 
 
+def exact_from(capability):
+    """After how many keys a product's sums are added up in fp32; None: where that is written, behind each product.
+
+    So does Triton on Hopper. For others it takes what is added to a product for that product's first sums.
+    """
+    return None if capability[0] == 9 else BLOCK
+
+
 def _launch(q, k, v, lengths, out, row_scales, factor):
     (q, q_scales), (k, k_scales), (v_codes, v_scales) = q, k, quantise_heads(v, transposed=True)
     batch, heads, tokens, width = q.shape
@@ -153,5 +164,6 @@ def _launch(q, k, v, lengths, out, row_scales, factor):
             width**-0.5 * 1.4426950408889634, factor, heads, tokens, keys,
             *q.stride()[:3], *q_scales.stride()[1:], *k_scales.stride()[1:], *out.stride()[:3],
             LENGTHS=lengths is not None, QUANTISE=row_scales is not None, SHIFT=SHIFT, ROUNDED=ROUNDED,
-            COMPUTE=compute, BLOCK=BLOCK, WIDTH=width, num_warps=4, num_stages=3,
+            COMPUTE=compute, EXACT_FROM=exact_from(capability(q.device)), BLOCK=BLOCK, WIDTH=width,
+            num_warps=4, num_stages=3,
         )  # fmt: skip

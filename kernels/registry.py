@@ -253,8 +253,14 @@ def has_tensor_descriptors() -> bool:
 
 @functools.cache
 def has_gluon() -> bool:
-    """Whether the installed Triton has Gluon, where kernels place their warps, as we write it: from version 3.6 on."""
-    return installed("triton") and tuple(map(int, re.findall(r"\d+", version("triton"))[:2])) >= (3, 6)
+    """Whether the installed Triton has Gluon, where kernels place their warps, as we write it: from version 3.6 on.
+
+    Triton itself knows, whatever the name of the package that it came in.
+    """
+    if not installed("triton"):
+        return False
+    found = re.findall(r"\d+", importlib.import_module("triton").__version__)
+    return tuple(map(int, found[:2])) >= (3, 6)
 
 
 def triton_refusal(request: Request) -> str | None:

@@ -26,7 +26,7 @@ GROUP = 16  # rows of tiles at most that go through the weights together, which 
 def _place(tile, tiles_m, tiles_n, GROUP: tl.constexpr):
     """Row and column of a tile: a group of rows of tiles, column after column, then the next group.
 
-    Groups are as even as they can be: one of a single row would go through the weights as fast as memory gives them.
+    Groups are about even: one of a single row would go through the weights as fast as memory gives them.
     """
     group = tl.cdiv(tiles_m, tl.cdiv(tiles_m, GROUP))
     of_group = group * tiles_n

@@ -1,5 +1,8 @@
 """Attention: each backend that this machine can run against the formula in float64, and why the others refuse."""
 
+import os
+import re
+import subprocess
 import sys
 
 import pytest
@@ -16,6 +19,33 @@ sizes = on_devices(
     cuda=[(1, 2, 320, 320, 128), (2, 3, 1000, 777, 64), (1, 30, 4224, 4224, 128)],
 )
 dtypes = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES.keys())
+FP8_SCRIPT = """
+import sys, types
+
+package = types.ModuleType("zimage_turbo")
+package.__path__ = [sys.argv[1]]
+sys.modules["zimage_turbo"] = package
+import triton
+import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from zimage_turbo.kernels import attention_fp8_triton as module
+
+kernel, capability, block = module._attention_kernel, int(sys.argv[2]), module.BLOCK
+constants = {"LENGTHS": False, "QUANTISE": False, "SHIFT": module.SHIFT, "ROUNDED": module.ROUNDED}
+constants |= {"COMPUTE": tl.float8e4nv, "EXACT_FROM": module.exact_from(divmod(capability, 10))}
+constants |= {"BLOCK": block, "WIDTH": 128}
+types = {"q_ptr": "*fp8e4nv", "out_ptr": "*bf16", "scale": "fp32", "factor": "fp32", "lengths_ptr": "*i32"}
+types |= {"k_desc": f"tensordesc<fp8e4nv[{block}, 128]>", "v_desc": f"tensordesc<fp8e4nv[128, {block}]>"}
+types |= {name: "*fp32" for name in kernel.arg_names if name.endswith("scale_ptr")}
+signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in kernel.arg_names}
+made = triton.compile(
+    ASTSource(kernel, signature, constexprs=constants), target=GPUTarget("cuda", capability, 32),
+    options={"num_warps": 4, "num_stages": 3},
+)
+print(made.asm["ttir"])
+"""
 requires_gpu = pytest.mark.skipif(not GPU, reason="no NVIDIA GPU")
 
 
@@ -168,6 +198,18 @@ def test_long_rows_of_fp8_products_are_added_up_exactly():
     assert error(attention.attention(q, k, v, backend="triton-fp8"), exactly(q, k, v)) < 0.01
 
 
+@pytest.mark.parametrize("capability", [89, 90, 100, 120])
+def test_blocks_of_keys_are_added_up_outside_of_fp8_products(pack, capability):
+    """A compiler that finds a sum of something and a product takes that for the product's first sums."""
+    pytest.importorskip("triton")
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", FP8_SCRIPT, str(pack), str(capability)]
+    ran = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert ran.returncode == 0, ran.stderr
+    products = re.findall(r"tt\.dot \S+, \S+, (%\w+)", ran.stdout)
+    assert len(products) == 4 and all(sums.startswith("%cst") for sums in products)
+
+
 @requires_gpu
 def test_triton_backends_replay_in_a_cuda_graph():
     q, k, v = arguments((1, 2, 333, 333, 128), "cuda", torch.bfloat16)
@@ -214,6 +256,7 @@ def on_gpu(monkeypatch, capability, **changes):
     monkeypatch.setattr(registry, "_capability", lambda index: capability)
     monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: True)
     monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)
+    monkeypatch.setattr(attention, "has_gluon", lambda: True)
     sizes = {"batch": 1, "heads": 30, "tokens": 4224, "keys": 4224, "head_dim": 128, "dtype": torch.bfloat16}
     return AttentionRequest(device=torch.device("cuda:0"), **{**sizes, **changes})
 
@@ -234,6 +277,37 @@ def on_gpu(monkeypatch, capability, **changes):
 def test_auto_by_capability(monkeypatch, capability, changes, chosen, allowed_error):
     asked = on_gpu(monkeypatch, capability, **changes)
     assert ATTENTION.choose("auto", asked, allowed_error=allowed_error).name == chosen
+
+
+@pytest.mark.parametrize(
+    ("capability", "changes", "reason"),
+    [
+        ((9, 0), {}, None),
+        ((8, 9), {}, r"\(Hopper\), this one has 8.9"),
+        ((10, 0), {}, r"\(Hopper\), this one has 10.0"),
+        ((9, 0), {"head_dim": 64}, "takes a head dimension of 128, got 64"),
+        ((9, 0), {"dtype": torch.float32}, "takes bfloat16 and float16"),
+        ((9, 0), {"lengths": True}, "takes no lengths"),
+        ((9, 0), {"tokens": 0}, "takes one token and one key at least"),
+        ((9, 0), {"keys": 0}, "takes one token and one key at least"),
+    ],
+)
+def test_what_the_kernel_for_hopper_refuses(monkeypatch, capability, changes, reason):
+    found = ATTENTION.refusals(on_gpu(monkeypatch, capability, **changes))["hopper"]
+    assert found is None if reason is None else re.search(reason, found)
+
+
+@pytest.mark.parametrize(
+    ("version", "fits"), [("3.6.0", True), ("3.10.1+git1", True), ("4.0.0", True), ("3.5.1", False), ("3.0.0", False)]
+)
+def test_gluon_is_known_by_tritons_own_version(monkeypatch, version, fits):
+    """Which the name of its package, as in nightly builds and on Windows, does not hide."""
+    triton = pytest.importorskip("triton")
+    asked = on_gpu(monkeypatch, (9, 0))
+    monkeypatch.setattr(triton, "__version__", version)
+    monkeypatch.setattr(attention, "has_gluon", registry.has_gluon.__wrapped__)  # what it found is kept
+    found = ATTENTION.refusals(asked)["hopper"]
+    assert found is None if fits else found.startswith("needs Triton 3.6 or newer")
 
 
 def test_fp8_is_measured_only_where_its_error_is_allowed(monkeypatch):

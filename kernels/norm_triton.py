@@ -37,6 +37,16 @@ def gain_of_columns(
 
 
 @triton.jit
+def gain_of_half(post_weight_ptr, gate_ptr, gate_stride, image, column, mask, GATE: tl.constexpr):
+    """weight * tanh(gate) of an image, for what half a block computed."""
+    gain = tl.load(post_weight_ptr + column, mask=mask, other=0.0).to(tl.float32)
+    if GATE:
+        gate = tl.load(gate_ptr + image * gate_stride + column, mask=mask, other=0.0).to(tl.float32)
+        gain *= 2.0 * tl.sigmoid(2.0 * gate) - 1.0  # tanh(gate)
+    return gain
+
+
+@triton.jit
 def _write_normed(x, gain, eps, width, column, mask, out_ptr, row_scale_ptr, row, QUANTISE: tl.constexpr):
     """x / sqrt(mean(x²) + eps) * gain. One pass through shared memory sums the squares and finds the largest."""
     y = x * gain
@@ -80,12 +90,9 @@ def _residual_rms_modulate_kernel(
     image = tl.program_id(1).to(tl.int64)
     column = columns(x_ptr, BLOCK)
     mask = column < width
-    h_gain = tl.load(post_weight_ptr + column, mask=mask, other=0.0).to(tl.float32)
+    h_gain = gain_of_half(post_weight_ptr, gate_ptr, gate_stride, image, column, mask, GATE)
     if SUMS:
         h_column_scale = tl.load(h_column_scale_ptr + column, mask=mask, other=0.0)
-    if GATE:
-        gate = tl.load(gate_ptr + image * gate_stride + column, mask=mask, other=0.0).to(tl.float32)
-        h_gain *= 2.0 * tl.sigmoid(2.0 * gate) - 1.0  # tanh(gate)
     if NEXT:
         gain = gain_of_columns(next_weight_ptr, scale_ptr, scale_stride, image, column, mask, True, SCALE, BLOCK)
     for token in tl.range(tl.program_id(0), tokens, tl.num_programs(0), num_stages=STAGES):

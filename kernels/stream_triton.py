@@ -4,7 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .norm_triton import columns, gain_of_columns, row_split, row_stride
+from .norm_triton import columns, gain_of_columns, gain_of_half, row_split, row_stride
 from .stream import SMALLEST
 
 
@@ -23,10 +23,7 @@ def _add_kernel(
     image = tl.program_id(1).to(tl.int64)
     column = columns(x_ptr, BLOCK)
     mask = column < width
-    h_gain = tl.load(post_weight_ptr + column, mask=mask, other=0.0).to(tl.float32)
-    if GATE:
-        gate = tl.load(gate_ptr + image * gate_stride + column, mask=mask, other=0.0).to(tl.float32)
-        h_gain *= 2.0 * tl.sigmoid(2.0 * gate) - 1.0  # tanh(gate)
+    h_gain = gain_of_half(post_weight_ptr, gate_ptr, gate_stride, image, column, mask, GATE)
     if HELD:
         x_gain = gain_of_columns(x_weight_ptr, x_scale_ptr, x_scale_stride, image, column, mask, True, X_SCALE, BLOCK)
         x_factor = 1.0 / _reversible(x_gain, SMALLEST)

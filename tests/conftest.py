@@ -4,6 +4,7 @@ ZIMAGE_COMFYUI names the ComfyUI tree; without it, the one that the pack lies in
 """
 
 import os
+import signal
 import sys
 import types
 import zlib
@@ -25,6 +26,10 @@ except FileNotFoundError as error:
 host.enter(COMFYUI, [])
 
 import torch  # noqa: E402
+
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    # So a shell starts its background jobs, and what tests start and end by Ctrl-C would inherit it.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 if not torch.cuda.is_available():
     # Our Triton kernels then run in Triton's interpreter, which must be asked for before anything imports Triton.

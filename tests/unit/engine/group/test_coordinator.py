@@ -401,9 +401,6 @@ print(*(rank["pid"] for rank in group.document()["ranks"]), flush=True)
 group.call("hang", lambda size: dict.fromkeys(range(size), {"seconds": 3600}), 3600)
 """
 STARTING = """
-import signal
-
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs begin with it ignored
 threading.Thread(target=group.start, daemon=True).start()
 print(flush=True)
 time.sleep(3600)

@@ -21,7 +21,7 @@ from torch.nn.functional import layer_norm, linear, rms_norm, silu
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.conditions import gpu_conditions
-from kernels import attention, fp8, modulation, norm, rope, stream, swiglu
+from kernels import attention, fp8, modulation, norm, residual, rope, swiglu
 from kernels.arguments import FP8, outputs, quantise_rows
 
 TOKENS, WIDTH, HEADS, HEAD_WIDTH, HIDDEN = 4224, 3840, 30, 128, 10240
@@ -82,17 +82,17 @@ def cases(device, tokens=TOKENS) -> list[Case]:
     def modulate():
         return tensor(1, tokens, WIDTH, spread=3), 1 + tensor(WIDTH, spread=0.2), tensor(1, WIDTH)
 
-    def residual(dtype=torch.bfloat16):
+    def halves(dtype=torch.bfloat16):
         x, h = tensor(1, tokens, WIDTH, spread=3, dtype=dtype), tensor(1, tokens, WIDTH, spread=5)
         return x, h, 1 + tensor(WIDTH, spread=0.2), tensor(1, WIDTH), 1 + tensor(WIDTH, spread=0.2), tensor(1, WIDTH)
 
     def held():
-        y, *others = residual()
+        y, *others = halves()
         weight, scale = 1 + tensor(WIDTH, spread=0.2), tensor(1, WIDTH, spread=0.2)
         return y, 1 + torch.rand(tokens, 1, device=device), weight, scale, *others
 
     def sums():
-        x, _, *vectors = residual()
+        x, _, *vectors = halves()
         row_scales, column_scales = (torch.rand(shape, device=device) * 1e-2 for shape in ((tokens, 1), (WIDTH,)))
         return x, tensor(1, tokens, WIDTH, spread=1e5), *vectors, row_scales, column_scales
 
@@ -148,7 +148,7 @@ def cases(device, tokens=TOKENS) -> list[Case]:
         return norm.residual_rms_modulate(*given, EPS, quantise)
 
     def ours_held(*given):
-        return stream.add(stream.Normed(*given[:4]), *given[4:], EPS)[:1]
+        return residual.add(residual.Normed(*given[:4]), *given[4:], EPS)[:1]
 
     def ours_sums(*given, quantise=False):
         return norm.residual_rms_modulate(*given[:6], EPS, quantise, 1.0, *given[6:])
@@ -162,13 +162,13 @@ def cases(device, tokens=TOKENS) -> list[Case]:
             "rms_modulate -> fp8", modulate, lambda *given: norm.rms_modulate(*given, EPS, True),
             quantised(eager_modulate), fp8=True,
         ),
-        Case("residual_rms_modulate", residual, ours_residual, eager_residual),
-        Case("residual_rms_modulate, fp32", lambda: residual(torch.float32), ours_residual, eager_residual),
+        Case("residual_rms_modulate", halves, ours_residual, eager_residual),
+        Case("residual_rms_modulate, fp32", lambda: halves(torch.float32), ours_residual, eager_residual),
         Case(
-            "residual_rms_modulate -> fp8", residual, lambda *given: ours_residual(*given, quantise=True),
+            "residual_rms_modulate -> fp8", halves, lambda *given: ours_residual(*given, quantise=True),
             quantised(eager_residual), fp8=True,
         ),
-        Case("stream.add", held, ours_held, eager_held),
+        Case("residual.add", held, ours_held, eager_held),
         Case("residual_rms_modulate of sums", sums, ours_sums, eager_sums),
         Case(
             "residual ... of sums -> fp8", sums, lambda *given: ours_sums(*given, quantise=True),

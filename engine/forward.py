@@ -22,7 +22,7 @@ import torch
 from comfy.ldm.lumina.model import FeedForward, JointAttention, JointTransformerBlock, NextDiT, pos_ids_x
 from comfy.quant_ops import QuantizedTensor
 
-from ..kernels import attention, norm, rope, stream, swiglu, swiglu_linear
+from ..kernels import attention, norm, residual, rope, swiglu, swiglu_linear
 from ..kernels.arguments import FLOATS
 from . import expansion, layouts, prompt_batch
 from .expansion import Expanded
@@ -50,7 +50,7 @@ class Sums(NamedTuple):
 
 
 Half = torch.Tensor | Sums
-Stream = torch.Tensor | stream.Normed
+Stream = torch.Tensor | residual.Normed
 
 
 def refusal(module: NextDiT, context: torch.Tensor | None, options: dict, arguments: dict) -> str | None:
@@ -228,7 +228,7 @@ def add(
     h, *h_scales = with_scales(h)
     given = near(post_norm.weight, h), gate, near(next_norm.weight, h), scale
     if held:
-        x = stream.add(x, h, *given, next_norm.eps, out=own(x))
+        x = residual.add(x, h, *given, next_norm.eps, out=own(x))
         return x, x.y
     quantise = all(map(takes_rows, next_linears))
     x, *y = norm.residual_rms_modulate(
@@ -250,7 +250,7 @@ def end(x: Stream, h: Half, compute: Compute, held: bool, post_norm, gate) -> to
     h, *h_scales = with_scales(h)
     gain = near(post_norm.weight, h)
     if held:
-        return stream.add(x, h, gain, gate, None, None, post_norm.eps, out=own(x))
+        return residual.add(x, h, gain, gate, None, None, post_norm.eps, out=own(x))
     return norm.residual_rms_modulate(
         x, h, gain, gate, None, None, post_norm.eps, False, compute.factor, *h_scales, x_out=x
     )
@@ -258,7 +258,7 @@ def end(x: Stream, h: Half, compute: Compute, held: bool, post_norm, gate) -> to
 
 def own(x: Stream) -> torch.Tensor:
     """The tensor that a stream lies in, which nobody reads after the next addition."""
-    return x.y if isinstance(x, stream.Normed) else x
+    return x.y if isinstance(x, residual.Normed) else x
 
 
 def with_scales(h: Half) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:

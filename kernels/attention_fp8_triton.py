@@ -142,12 +142,12 @@ def _by_tokens(q, dtype):
     return torch.empty((batch, tokens, heads, width), dtype=dtype, device=q.device).transpose(1, 2)
 
 
-def exact_from(capability):
+def exact_from(compute_capability):
     """After how many keys a product's sums are added up in fp32; None: where that is written, behind each product.
 
     So does Triton on Hopper. For others it takes what is added to a product for that product's first sums.
     """
-    return None if capability[0] == 9 else BLOCK
+    return None if compute_capability[0] == 9 else BLOCK
 
 
 def _launch(q, k, v, lengths, out, row_scales, factor):

@@ -31,9 +31,7 @@ GROUPS = gl.constexpr(3)  # of warps that multiply
 ROWS = gl.constexpr(64)  # queries of a group
 KEYS = gl.constexpr(128)  # of a block
 STAGES = gl.constexpr(2)  # blocks of keys, and of values, in shared memory
-REGISTERS = gl.constexpr(
-    (160, 160, 24)
-)  # of a thread that multiplies, and of those that load; the first group's: the rest
+REGISTERS = gl.constexpr((160, 160, 24))  # of a thread: in groups two and three, in what loads; group one has the rest
 TILE = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
 
 

@@ -56,7 +56,7 @@ def residual_rms_modulate(
 ):
     """x' = x + tanh(gate) * RMSNorm(h / h_scale) * post_weight;  y = RMSNorm(x') * next_weight * (1 + scale)
 
-    The end of one half of a block and the beginning of the next, for which the forward asks `stream.add` where it has
+    The end of one half of a block and the beginning of the next, for which the forward asks `residual.add` where it has
     no FP8 rows and no fp16. x [B, S, D] is the residual stream, h [B, S, D] what the half computed, both contiguous;
     post_weight, next_weight [D]; gate, scale [B, D] or None (no gate: factor 1; no scale: 0). Returns (x', y) with x'
     in x's dtype and y, computed from x' as rounded, in `dtype` (default: h's); with `quantise` (x', FP8 y, row scales);

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from zimage_turbo.kernels import attention, fp8, hadamard, norm, registry, rope, stream, swiglu
+from zimage_turbo.kernels import attention, fp8, hadamard, norm, registry, residual, rope, swiglu
 from zimage_turbo.kernels.registry import (
     Choices,
     Registry,
@@ -206,7 +206,7 @@ OPS = [
     norm.RESIDUAL_RMS_MODULATE,
     norm.RESIDUAL_RMS_MODULATE_OF_SUMS,
     norm.LAYER_MODULATE,
-    stream.ADD_TO_STREAM,
+    residual.RESIDUAL_ADD,
     rope.QK_NORM_ROPE,
     swiglu.SILU_MUL,
     fp8.QUANTISE_ROWS,

@@ -109,7 +109,7 @@ def test_fp8_rows_of_fp8_rows(device, size, value_first, factor):
     ours = swiglu_linear_triton.linear_fp8(x, *weights, factor, torch.bfloat16)
     apart = swiglu_linear.linear_fp8(x, *weights, factor, backend="apart")
     assert ours[0].dtype == FP8 and ours[1].shape == (size[0], 1)
-    assert error(accuracy.dequantised(*ours), exact) <= 1.25 * error(accuracy.dequantised(*apart), exact) < 0.04
+    assert error(accuracy.dequantised(*ours), exact) <= 1.1 * error(accuracy.dequantised(*apart), exact) < 0.04
     assert error(ours[1], apart[1]) < 0.01
 
 

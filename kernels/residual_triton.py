@@ -1,11 +1,11 @@
-"""`stream.add` in Triton, its programs as those of `norm_triton`. Arguments as `stream` has checked them."""
+"""`residual.add` in Triton, its programs as those of `norm_triton`. Arguments as `residual` has checked them."""
 
 import torch
 import triton
 import triton.language as tl
 
 from .norm_triton import columns, gain_of_columns, gain_of_half, row_split, row_stride
-from .stream import SMALLEST
+from .residual import SMALLEST
 
 
 @triton.jit

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from zimage_turbo.kernels import norm, stream, stream_triton
+from zimage_turbo.kernels import norm, residual, residual_triton
 from zimage_turbo.tests.unit.kernels.accuracy import error, normal, on_devices, poisoned, storable
 
 EPS = 1e-5
@@ -12,7 +12,7 @@ ROUNDS = {torch.float32: 1e-6, torch.bfloat16: 2**-8}  # a value's relative erro
 sizes = on_devices(cpu=[(1, 3, 64), (2, 5, 100), (3, 2, 257)], cuda=[(2, 77, 256), (1, 4160, 3840), (2, 333, 3840)])
 dtypes = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES.keys())
 backends = pytest.mark.parametrize("backend", ["triton", "torch"])
-BACKENDS = {"triton": stream_triton.add, "torch": stream.add_reference}
+BACKENDS = {"triton": residual_triton.add, "torch": residual.add_reference}
 
 
 def vectors(size, device, dtype=torch.float32):
@@ -41,11 +41,11 @@ def stored(held):
 
 def run(backend, x, h, post_weight, gate, next_weight, scale):
     """One addition, into poisoned outputs."""
-    held = x if isinstance(x, stream.Normed) else stream.Normed(x, None, None, None)
+    held = x if isinstance(x, residual.Normed) else residual.Normed(x, None, None, None)
     y = poisoned(h.shape, storable(held.y.dtype, h.device.type), h.device)
     rms = None if next_weight is None else poisoned((h.shape[:2].numel(), 1), torch.float32, h.device)
     BACKENDS[backend](held, h, post_weight, gate, next_weight, scale, EPS, y, rms)
-    return y if rms is None else stream.Normed(y, rms, next_weight, scale)
+    return y if rms is None else residual.Normed(y, rms, next_weight, scale)
 
 
 @sizes
@@ -84,7 +84,7 @@ def test_it_is_rounded_as_often_as_a_stream_of_its_own(device, size, backend):
         post_weight, gate, next_weight, scale = given = vectors(size, device, bf16)
         exact = exact_sum(exact, h, post_weight, gate)
         held = (
-            stream.add(held, h, *given, EPS, backend="torch") if backend == "torch" else run(backend, held, h, *given)
+            residual.add(held, h, *given, EPS, backend="torch") if backend == "torch" else run(backend, held, h, *given)
         )
         apart, y = norm.residual_rms_modulate(apart, h, *given, EPS, backend="torch")
     assert error(held.y, exact_norm(exact, next_weight, scale)) < 1.1 * error(y, exact_norm(exact, next_weight, scale))
@@ -125,27 +125,27 @@ def test_in_place(device, size):
     """What is written may be what is read, as a tensor and as a norm, also where a program's next rows are ahead."""
     x, h = normal(*size, device=device, spread=3), normal(*size, device=device)
     given = vectors(size, device)
-    first = stream.add(x, h, *given, EPS, backend="torch")
-    second = stream.add(first, h, *given, EPS, backend="torch")
-    last = stream.add(second, h, *given[:2], None, None, EPS, backend="torch")
+    first = residual.add(x, h, *given, EPS, backend="torch")
+    second = residual.add(first, h, *given, EPS, backend="torch")
+    last = residual.add(second, h, *given[:2], None, None, EPS, backend="torch")
     rms = poisoned((size[0] * size[1], 1), torch.float32, device)
-    held = stream.Normed(x, rms, *given[2:])
-    stream_triton.add(stream.Normed(x, None, None, None), h, *given, EPS, x, rms)
+    held = residual.Normed(x, rms, *given[2:])
+    residual_triton.add(residual.Normed(x, None, None, None), h, *given, EPS, x, rms)
     assert error(x, first.y) < 1e-6
-    stream_triton.add(held, h, *given, EPS, x, rms)
+    residual_triton.add(held, h, *given, EPS, x, rms)
     assert error(x, second.y) < 1e-6
-    stream_triton.add(held, h, *given[:2], None, None, EPS, x, None)
+    residual_triton.add(held, h, *given[:2], None, None, EPS, x, None)
     assert error(x, last) < 1e-6
 
 
 def test_outputs_are_written_where_asked():
     x, h = normal(1, 3, 64, device="cpu"), normal(1, 3, 64, device="cpu")
     given = vectors(x.shape, "cpu")
-    apart = stream.add(x, h, *given, EPS)
-    held = stream.add(x, h, *given, EPS, out=x)
+    apart = residual.add(x, h, *given, EPS)
+    held = residual.add(x, h, *given, EPS, out=x)
     assert held.y is x and torch.equal(x, apart.y) and apart.y is not x
     assert held.weight is given[2] and held.scale is given[3]
-    assert stream.add(held, h, *given[:2], None, None, EPS, out=x) is x
+    assert residual.add(held, h, *given[:2], None, None, EPS, out=x) is x
 
 
 @pytest.mark.parametrize("rows", [1, 2, 3], ids=lambda rows: f"rows{rows}")
@@ -153,13 +153,13 @@ def test_outputs_are_written_where_asked():
 def test_rows_of_a_program_belong_to_one_image(device, size, rows):
     x, h = normal(*size, device=device), normal(*size, device=device)
     given = vectors(size, device)
-    expected = stream.add(x, h, *given, EPS, backend="torch")
+    expected = residual.add(x, h, *given, EPS, backend="torch")
     y, rms = poisoned(size, torch.float32, device), poisoned((size[0] * size[1], 1), torch.float32, device)
     split = (rows, 8 if size[2] > 1024 else 1, 3)
-    stream_triton.add(stream.Normed(x, None, None, None), h, *given, EPS, y, rms, split=split)
+    residual_triton.add(residual.Normed(x, None, None, None), h, *given, EPS, y, rms, split=split)
     assert error(y, expected.y) < 1e-6 and error(rms, expected.rms) < 1e-6
-    again = stream.add(expected, h, *given, EPS, backend="torch")
-    stream_triton.add(stream.Normed(y, rms, *given[2:]), h, *given, EPS, y, rms, split=split)
+    again = residual.add(expected, h, *given, EPS, backend="torch")
+    residual_triton.add(residual.Normed(y, rms, *given[2:]), h, *given, EPS, y, rms, split=split)
     assert error(y, again.y) < 1e-6 and error(rms, again.rms) < 1e-6
 
 
@@ -174,9 +174,9 @@ def test_rows_of_a_program_belong_to_one_image(device, size, rows):
         ({"next_weight": None}, "^scale: belongs to the next norm"),
         ({"scale": torch.ones(2, 9)}, r"^scale: expected \[2, 8\]"),
         ({"out": torch.ones(2, 3, 8, dtype=torch.bfloat16)}, "^out: "),
-        ({"x": stream.Normed(torch.ones(2, 3, 8), torch.ones(5, 1), torch.ones(8), None)}, r"^x.rms: .*\[6, 1\]"),
-        ({"x": stream.Normed(torch.ones(2, 3, 8), torch.ones(6, 1), torch.ones(9), None)}, "^x.weight: "),
-        ({"x": stream.Normed(torch.ones(2, 3, 8), torch.ones(6, 1), torch.ones(8), torch.ones(8))}, "^x.scale: "),
+        ({"x": residual.Normed(torch.ones(2, 3, 8), torch.ones(5, 1), torch.ones(8), None)}, r"^x.rms: .*\[6, 1\]"),
+        ({"x": residual.Normed(torch.ones(2, 3, 8), torch.ones(6, 1), torch.ones(9), None)}, "^x.weight: "),
+        ({"x": residual.Normed(torch.ones(2, 3, 8), torch.ones(6, 1), torch.ones(8), torch.ones(8))}, "^x.scale: "),
     ],
 )
 def test_refusals_name_what_was_given(change, complaint):
@@ -190,4 +190,4 @@ def test_refusals_name_what_was_given(change, complaint):
         "scale": torch.ones(2, 8),
     }
     with pytest.raises(ValueError, match=complaint):
-        stream.add(**{**given, **change}, eps=EPS)
+        residual.add(**{**given, **change}, eps=EPS)

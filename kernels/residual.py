@@ -13,7 +13,7 @@ from .arguments import check_per_image, check_rows, described
 from .registry import Registry, Request, lazily, no_refusal, triton_refusal
 
 SMALLEST = 2.0**-40  # what a column is multiplied by at least, else zeros there would forget the stream
-ADD_TO_STREAM = Registry("add_to_stream")
+RESIDUAL_ADD = Registry("residual_add")
 
 
 class Normed(NamedTuple):
@@ -55,7 +55,7 @@ def add(x, h, post_weight, gate, next_weight, scale, eps, out=None, backend="aut
         rms = torch.empty(rows, dtype=torch.float32, device=h.device)
     elif scale is not None:
         raise ValueError(f"scale: belongs to the next norm, expected None without next_weight, got {described(scale)}")
-    chosen = ADD_TO_STREAM.choose(backend, Request(h.device))
+    chosen = RESIDUAL_ADD.choose(backend, Request(h.device))
     chosen.function(held, h, post_weight, gate, next_weight, scale, eps, y, rms)
     return y if next_weight is None else Normed(y, rms, next_weight, scale)
 
@@ -83,5 +83,5 @@ def _gain(weight, scale):
     return torch.where(gain.abs() < SMALLEST, SMALLEST, gain)
 
 
-ADD_TO_STREAM.register("triton", lazily("stream_triton", "add"), triton_refusal)
-ADD_TO_STREAM.register("torch", add_reference, no_refusal)
+RESIDUAL_ADD.register("triton", lazily("residual_triton", "add"), triton_refusal)
+RESIDUAL_ADD.register("torch", add_reference, no_refusal)

@@ -21,7 +21,7 @@ from torch.nn.functional import layer_norm, linear, rms_norm, silu
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.conditions import gpu_conditions
-from kernels import attention, fp8, modulation, norm, residual, rope, swiglu
+from kernels import attention, attention_fp8, fp8, modulation, norm, residual, rope, swiglu
 from kernels.arguments import FP8, outputs, quantise_rows
 
 TOKENS, WIDTH, HEADS, HEAD_WIDTH, HIDDEN = 4224, 3840, 30, 128, 10240
@@ -307,14 +307,16 @@ def sweep() -> list[dict]:
     from kernels import attention_triton, heads
 
     sets = [projections("tokens") for _ in range(SETS)]
-    exact, fp8_error = exact_attention(*sets[0]), attention.ATTENTION.backends[attention.FP8].error
+    exact, fp8_error = exact_attention(*sets[0]), attention.ATTENTION.backends["triton-fp8"].error
     rows = []
     for blocks in ATTENTION_BLOCKS:
         name = "triton {}x{} w{} s{}".format(*blocks)
         run = partial(attention_triton.attention, lengths=None, blocks=blocks)
         rows.append(attention_row(name, "tokens", run, sets, exact, EXACT))
     coded = [(heads.quantise_heads(q), heads.quantise_heads(k), v) for q, k, v in sets]
-    rows.append(attention_row("fp8 of codes", "heads", attention.attention_of_codes, coded, exact, fp8_error))
+    for kernel in attention_fp8.KERNELS:
+        run = partial(attention_fp8.attention_of_codes, kernel)
+        rows.append(attention_row(f"{kernel} of codes", "heads", run, coded, exact, fp8_error))
     parts = {
         "quantise q or k": lambda q, k, v: heads.quantise_heads(k),
         "quantise v, transposed": lambda q, k, v: heads.quantise_heads(v, transposed=True),

@@ -29,7 +29,8 @@ from zimage_turbo.benchmarks.pipeline import Pipeline  # noqa: E402
 from zimage_turbo.launcher.inside import host  # noqa: E402
 
 REFERENCE = ("fp32", "sdpa")
-QUANTISED_ATTENTION = [(precision, name) for precision in ("fp8", "int4-fp8") for name in ("cudnn", "triton-fp8")]
+ROUNDS_OR_NOT = ("hopper", "cudnn", "hopper-fp8", "triton-fp8")
+QUANTISED_ATTENTION = [(precision, name) for precision in ("fp8", "int4-fp8") for name in ROUNDS_OR_NOT]
 MOST_LOST = 2.0  # points of the items' rate
 
 

@@ -22,7 +22,7 @@ import torch
 from comfy.ldm.lumina.model import FeedForward, JointAttention, JointTransformerBlock, NextDiT, pos_ids_x
 from comfy.quant_ops import QuantizedTensor
 
-from ..kernels import attention, norm, residual, rope, swiglu, swiglu_linear
+from ..kernels import attention, attention_fp8, norm, residual, rope, swiglu, swiglu_linear
 from ..kernels.arguments import FLOATS
 from . import expansion, layouts, prompt_batch
 from .expansion import Expanded
@@ -284,15 +284,15 @@ def attend(
     qkv = project(module.qkv, y, expanded).unflatten(-1, (3, module.n_local_heads, -1))
     gains = near(module.q_norm.weight, qkv), near(module.k_norm.weight, qkv)
     normed = functools.partial(rope.qk_norm_rope, qkv, *gains, table, QK_EPS)
-    if compute.attention != attention.FP8:
+    if compute.attention not in attention_fp8.KERNELS:
         h = attention.attention(*normed(layout="tokens"), backend=compute.attention)
         return project_heads(module.out, h, compute.factor), {}
     q, k, v = normed(quantise=True)
     with expansion.beside(filter(takes_rows, following), attention.work(q[0], k[0])) as expanded:
         if takes_rows(module.out):
-            codes, scales = attention.rows_of_codes(q, k, v, compute.factor)
+            codes, scales = attention_fp8.rows_of_codes(compute.attention, q, k, v, compute.factor)
         else:
-            h = attention.attention_of_codes(q, k, v)
+            h = attention_fp8.attention_of_codes(compute.attention, q, k, v)
     if takes_rows(module.out):
         rows = codes.flatten(2), scales
         return project(module.out, rows, expanded, OUT_AS_SUMS and leaves_scales(module.out, len(scales))), expanded
@@ -326,7 +326,7 @@ def attend_together(
 
         def attended(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
             # Not before the first exchange is over: expansions would keep it, and products, off multiprocessors.
-            if compute.attention == attention.FP8 and not ready:
+            if compute.attention in attention_fp8.KERNELS and not ready:
                 ready.update(beside.enter_context(expansion.beside(filter(takes_rows, following), work)))
             return attention.attention(q, k, v, backend=compute.attention)
 

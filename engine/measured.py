@@ -15,7 +15,8 @@ import folder_paths
 import torch
 from comfy.ldm.lumina.model import NextDiT
 
-from ..kernels.attention import ATTENTION, FP8, AttentionRequest, attention_of_codes, timing
+from ..kernels import attention_fp8
+from ..kernels.attention import ATTENTION, AttentionRequest, timing
 from ..kernels.heads import quantise_heads
 from ..kernels.registry import Backend, Choices
 from . import forward
@@ -52,9 +53,10 @@ def attention_backend(
     def measure(backend: Backend) -> float:
         try:
             q, k, v = tensors()
-            if backend.name == FP8:  # the forward's norm before it puts out codes of q and k
+            if backend.name in attention_fp8.KERNELS:  # the forward's norm before it puts out codes of q and k
                 codes = quantise_heads(q), quantise_heads(k)
-                backend = replace(backend, function=lambda q, k, v, lengths: attention_of_codes(*codes, v))
+                of_codes = functools.partial(attention_fp8.attention_of_codes, backend.name, *codes, v)
+                backend = replace(backend, function=lambda *_: of_codes())
             seconds = timing(q, k, v)(backend)
         except Exception as error:  # of a package or GPU that we have not seen: the others can still be taken
             reason = str(error).partition("\n")[0]

@@ -8,11 +8,13 @@ length of 0 gives zeros), but must be finite. out is [B, H, S, D]; where a backe
 
 import time
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
+from . import attention_fp8
 from .arguments import FLOATS, described
 from .flash_attn import flash_attn, flash_attn_module
 from .registry import (
@@ -29,7 +31,6 @@ from .registry import (
 )
 
 ATTENTION = Registry("attention")
-FP8 = "triton-fp8"
 HALVES = (torch.bfloat16, torch.float16)
 
 
@@ -83,20 +84,6 @@ def attention(q, k, v, lengths=None, backend="auto"):
     To choose by measurement, ask ATTENTION.choose(..., measure=timing(q, k, v)) once and keep its answer.
     """
     return ATTENTION.choose(backend, request(q, k, v, lengths)).function(q, k, v, lengths)
-
-
-def attention_of_codes(q, k, v):
-    """The backend FP8 on q and k as pairs (codes, scales), which `heads` describes, and on v [B, H, T, D] in 16 bit."""
-    return _of_codes(q, k, v)
-
-
-def rows_of_codes(q, k, v, factor=1.0):
-    """FP8 rows of `factor` times `attention_of_codes`: (codes [B, S, H, D], row scales [B S, 1]) for the next product.
-
-    An image's rows share their scale, its largest value's: what attention gives lies within the values, and FP8 keeps
-    its precision over 15 binades below. So it is known beforehand, and the result is written once.
-    """
-    return _rows_of_codes(q, k, v, factor)
 
 
 def work(q, k) -> int:
@@ -217,8 +204,6 @@ def _triton_fp8_refusal(request):
     return _triton_refusal(request) or triton_refusal(replace(request, quantise=True))
 
 
-_of_codes = lazily("attention_fp8_triton", "attention_of_codes")
-_rows_of_codes = lazily("attention_fp8_triton", "rows_of_codes")
 ATTENTION.register("hopper", lazily("attention_hopper_triton", "attention"), _hopper_refusal)
 ATTENTION.register("cudnn", cudnn, _cudnn_refusal)
 ATTENTION.register("flash-attn", flash_attn, _flash_attn_refusal)
@@ -228,4 +213,5 @@ ATTENTION.register("triton", lazily("attention_triton", "attention"), _triton_re
 # around its own): measured as one of them, it could be the other, about half as fast, in the next.
 ATTENTION.register("sdpa", sdpa, no_refusal, fallback=True)
 # Rounding as FP8 does gives 0.053 on normal q, k, v of unit spread, and 0.1 where q and k have spread 2
-ATTENTION.register(FP8, lazily("attention_fp8_triton", "attention"), _triton_fp8_refusal, error=0.06)
+ATTENTION.register("hopper-fp8", partial(attention_fp8.attention, "hopper-fp8"), _hopper_refusal, error=0.06)
+ATTENTION.register("triton-fp8", partial(attention_fp8.attention, "triton-fp8"), _triton_fp8_refusal, error=0.06)

@@ -1,8 +1,8 @@
 """Attention with FP8 operands in Triton: both products on FP8 tensor cores, the softmax between them exact in fp32.
 
 One program holds a block of queries of a head and goes over the keys a block at a time. Three programs share a
-multiprocessor of Hopper, so that one's softmax runs beside another's products. Arguments as `attention` has checked
-them; what lies beyond `lengths` must be finite.
+multiprocessor of Hopper, so that one's softmax runs beside another's products. What lies beyond `lengths` must be
+finite.
 """
 
 import torch
@@ -10,8 +10,7 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .arguments import FP8
-from .heads import BLOCK, quantise_heads
+from .heads import BLOCK
 from .heads_triton import in_token_order
 from .registry import capability
 
@@ -113,35 +112,6 @@ def _attention_kernel(
     tl.store(out_tile + channel[None, :], values.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-def attention(q, k, v, lengths):
-    """softmax(q kᵀ / sqrt(D)) v of 16-bit q, k, v."""
-    return attention_of_codes(quantise_heads(q), quantise_heads(k), v, lengths)
-
-
-def attention_of_codes(q, k, v, lengths=None, out=None):
-    """The same of q and k as `heads` describes them, k's codes contiguous, and of v in 16 bit."""
-    if out is None:
-        out = _by_tokens(q[0], v.dtype)
-    _launch(q, k, v, lengths, out, None, 1.0)
-    return out
-
-
-def rows_of_codes(q, k, v, factor, out=None):
-    """(codes [B, S, H, D], row scales [B S, 1]) in FP8 of `factor` times the same; out: both, to be written into."""
-    if out is None:
-        codes = _by_tokens(q[0], FP8).transpose(1, 2)
-        out = codes, torch.empty(codes.shape[:2].numel(), 1, device=codes.device)
-    codes, row_scales = out
-    _launch(q, k, v, None, codes.transpose(1, 2), row_scales, factor)
-    return out
-
-
-def _by_tokens(q, dtype):
-    """Space for a result [B, H, S, D] that lies in memory as [B, S, H, D]."""
-    batch, heads, tokens, width = q.shape
-    return torch.empty((batch, tokens, heads, width), dtype=dtype, device=q.device).transpose(1, 2)
-
-
 def exact_from(compute_capability):
     """After how many keys a product's sums are added up in fp32; None: where that is written, behind each product.
 
@@ -150,16 +120,17 @@ def exact_from(compute_capability):
     return None if compute_capability[0] == 9 else BLOCK
 
 
-def _launch(q, k, v, lengths, out, row_scales, factor):
-    (q, q_scales), (k, k_scales), (v_codes, v_scales) = q, k, quantise_heads(v, transposed=True)
+def launch(q, k, v, lengths, out, row_scales, factor):
+    """A kernel of attention_fp8; lengths [B] or None."""
+    (q, q_scales), (k, k_scales), (v, v_scales) = q, k, v
     batch, heads, tokens, width = q.shape
-    keys, padded = k.shape[2], v_codes.shape[3]
+    keys, padded = k.shape[2], v.shape[3]
     # the interpreter rounds FP8 wrongly: there all arithmetic is in fp32
     compute = tl.float8e4nv if q.is_cuda else tl.float32
     with torch.cuda.device_of(q):
         _attention_kernel[(triton.cdiv(tokens, BLOCK), batch * heads)](
             q, TensorDescriptor(k, [batch * heads * keys, width], [width, 1], [BLOCK, width]),
-            TensorDescriptor(v_codes, [batch * heads * width, padded], [padded, 1], [width, BLOCK]),
+            TensorDescriptor(v, [batch * heads * width, padded], [padded, 1], [width, BLOCK]),
             out, row_scales, q_scales, k_scales, v_scales, lengths,
             width**-0.5 * 1.4426950408889634, factor, heads, tokens, keys,
             *q.stride()[:3], *q_scales.stride()[1:], *k_scales.stride()[1:], *out.stride()[:3],

@@ -43,8 +43,8 @@ class ZImageTurboLoader(io.ComfyNode):
                     default="auto",
                     optional=True,
                     advanced=True,
-                    tooltip="The attention kernel. 'auto': the fastest on this GPU, measured once. triton-fp8 rounds "
-                    "to 8 bits as fp8 and int4-fp8 do, so 'auto' takes it with these only.",
+                    tooltip="The attention kernel. 'auto': the fastest on this GPU, measured once. hopper-fp8 "
+                    "and triton-fp8 round to 8 bits as fp8 and int4-fp8 do, so 'auto' takes them with these only.",
                 ),
                 io.Boolean.Input(
                     "cache_quantised",

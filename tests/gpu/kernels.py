@@ -1,11 +1,20 @@
-"""Which of our kernels Triton makes ready, for the GPU tests."""
+"""Which of our kernels run here, and which Triton makes ready, for the GPU tests."""
 
 import sys
 import threading
 
 import pytest
+import torch
 
-from zimage_turbo.engine import compiling
+from zimage_turbo.engine import compiling, model
+
+
+def skip_unless_it_runs(attention: str) -> None:
+    """Skips a test, with the reason, where that backend cannot run on the GPU."""
+    try:
+        model.check_attention(attention, torch.device("cuda:0"), torch.bfloat16)
+    except ValueError as reason:
+        pytest.skip(str(reason))
 
 
 def forgotten(monkeypatch) -> list[tuple[str, bool]]:

@@ -9,9 +9,9 @@ import torch
 from zimage_turbo.engine import formats, forward, graphs, layouts, modulation, ode, quantiser, sampling, turbo
 from zimage_turbo.engine.checkpoint import Checkpoint
 from zimage_turbo.engine.model import load_model
-from zimage_turbo.kernels import fp8, swiglu_linear
+from zimage_turbo.kernels import attention_fp8, fp8, swiglu_linear
 from zimage_turbo.tests.comparison import relative_error
-from zimage_turbo.tests.gpu import latents
+from zimage_turbo.tests.gpu import kernels, latents
 from zimage_turbo.tests.weights import small_transformer
 
 pytestmark = [
@@ -95,10 +95,11 @@ def test_offloaded_modulation_comes_along(file, products):
 
 
 @needs_fp8
-@pytest.mark.parametrize("attention", ["sdpa", "triton-fp8"])
+@pytest.mark.parametrize("attention", ["sdpa", *attention_fp8.KERNELS])
 @pytest.mark.parametrize("precision", ["fp8", "int4-fp8"])
 def test_products_that_leave_their_scales_err_no_more(file, precision, attention, tmp_path, monkeypatch):
     """One evaluation against fp32 with the same weights multiplied out."""
+    kernels.skip_unless_it_runs(attention)
     kept = quantiser.quantised(Checkpoint.read(file), precision, torch.device("cuda"))
     comfy.utils.save_torch_file(
         dict(formats.expanded(kept, torch.float32).weights), str(tmp_path / "exact.safetensors")
@@ -123,7 +124,7 @@ def test_products_that_leave_their_scales_err_no_more(file, precision, attention
     exact = evaluated(load_model(tmp_path / "exact.safetensors", "fp32"))
     assert not left
     sums = evaluated(load_model(file, precision, attention=attention))
-    out = [OUT] if attention == "triton-fp8" and forward.OUT_AS_SUMS else []
+    out = [OUT] if attention in attention_fp8.KERNELS and forward.OUT_AS_SUMS else []
     assert left[-BLOCKS * (len(out) + 1) :] == [*out, W2] * BLOCKS
     monkeypatch.setattr(forward, "leaves_scales", lambda linear, rows: False)
     scaled = evaluated(load_model(file, precision, attention=attention))

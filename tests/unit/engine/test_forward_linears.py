@@ -283,7 +283,7 @@ def test_attention_leaves_its_scales_if_it_is_to(files_in_fp8, fp8_rows, monkeyp
     for as_sums in (False, True):
         monkeypatch.setattr(forward, "OUT_AS_SUMS", as_sums)
         fp8_rows.clear()
-        compute = forward.Compute(torch.float32, forward.attention.FP8)
+        compute = forward.Compute(torch.float32, "triton-fp8")
         caption = forward.refine_caption(module, context, compute)
         table = forward.rotation_table(module, caption.shape[1], 12, 14, x.device)
         errors.append(relative_error(forward.denoise(module, compute, x, timesteps, caption, table), exact))

@@ -8,9 +8,10 @@ import sys
 import pytest
 import torch
 
-from zimage_turbo.kernels import attention, attention_fp8_triton, attention_triton, flash_attn, heads, registry
+from zimage_turbo.kernels import attention, attention_fp8, attention_triton, flash_attn, heads, registry
 from zimage_turbo.kernels.attention import ATTENTION, AttentionRequest
 from zimage_turbo.tests.unit.kernels.accuracy import GPU, error, normal, on_devices, poisoned, storable
+from zimage_turbo.tests.unit.kernels.formula import decoded, decoded_values, exactly, formula
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 # B, H, S, T, D
@@ -47,21 +48,6 @@ made = triton.compile(
 print(made.asm["ttir"])
 """
 requires_gpu = pytest.mark.skipif(not GPU, reason="no NVIDIA GPU")
-
-
-def formula(q, k, v, lengths=None):
-    """softmax(q kᵀ / sqrt(D)) v with every step in the tensors' dtype."""
-    scores = q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5
-    if lengths is not None:
-        attended = torch.arange(k.shape[2], device=k.device) < lengths[:, None]
-        scores = scores.masked_fill(~attended[:, None, None], float("-inf"))
-    return scores.softmax(-1) @ v
-
-
-def exactly(q, k, v, lengths=None):
-    """The formula in float64, head by head to bound its memory."""
-    heads = [formula(*(part[:, [head]].double() for part in (q, k, v)), lengths) for head in range(q.shape[1])]
-    return torch.cat(heads, 1)
 
 
 def arguments(size, device, dtype, spread=2):
@@ -140,12 +126,10 @@ def test_attention_of_codes(device, size, ragged):
     v = v * torch.logspace(-1, 0, size[3], device=device).to(v.dtype)[:, None]
     lengths = lengths_for(size, device) if ragged else None
     q, k = heads.quantise_heads(q, backend="torch"), heads.quantise_heads(k, backend="torch")
-    dense = [codes.double() * by_token(scales, codes.shape[2]) for codes, scales in (q, k)]
     out = poisoned(q[0].shape, v.dtype, device)
-    attention_fp8_triton.attention_of_codes(q, k, v, lengths, out)
-    values, scales = heads.quantise_heads(v, transposed=True)  # as it was made inside: faulty in the interpreter
-    values = in_order(values.double())[:, :, : size[3]] * by_token(scales, size[3])
-    exact = exactly(*dense, values, lengths)
+    attention_fp8.attention_of_codes("triton-fp8", q, k, v, lengths, out)
+    v = heads.quantise_heads(v, transposed=True)  # as it was made inside: faulty in the interpreter
+    exact = exactly(decoded(*q), decoded(*k), decoded_values(*v, size[3]), lengths)
     assert error(out, exact) <= (2e-6 if device == "cpu" else 0.04)
 
 
@@ -157,25 +141,15 @@ def test_rows_of_codes(device, size):
     q, k = heads.quantise_heads(q, backend="torch"), heads.quantise_heads(k, backend="torch")
     stored = torch.float32 if device == "cpu" else torch.float8_e4m3fn
     out = poisoned((batch, tokens, number, width), stored, device), poisoned((batch * tokens, 1), torch.float32, device)
-    codes, scales = attention_fp8_triton.rows_of_codes(q, k, v, 0.5, out)
+    codes, scales = attention_fp8.rows_of_codes("triton-fp8", q, k, v, 0.5, out)
     assert codes.double().abs().max() <= 448
     values = codes.double() * scales.view(batch, tokens, 1, 1) * 2
-    expected = attention_fp8_triton.attention_of_codes(q, k, v).transpose(1, 2)
+    expected = attention_fp8.attention_of_codes("triton-fp8", q, k, v).transpose(1, 2)
     assert error(values, expected) <= (2e-6 if device == "cpu" else 0.03)
 
 
-def by_token(scales, tokens):
-    return scales.double().repeat_interleave(heads.BLOCK, 2)[:, :, :tokens, None]
-
-
-def in_order(values):
-    """Transposed codes back as [B, H, S, D]."""
-    places = torch.argsort(heads.TOKEN_ORDER).to(values.device)
-    return values.unflatten(3, (-1, 32))[..., places].flatten(3).transpose(2, 3)
-
-
 @requires_gpu
-@pytest.mark.parametrize("name", ["hopper", "cudnn", "flash-attn", "flash", "triton", "sdpa", "triton-fp8"])
+@pytest.mark.parametrize("name", ["hopper", "cudnn", "flash-attn", "flash", "triton", "sdpa", *attention_fp8.KERNELS])
 @pytest.mark.parametrize("size", [(1, 30, 4224, 4224, 128), (2, 2, 333, 333, 128)], ids=["full", "odd"])
 def test_every_backend_on_the_gpu(name, size):
     q, k, v = arguments(size, "cuda", torch.bfloat16, spread=1)
@@ -188,14 +162,15 @@ def test_every_backend_on_the_gpu(name, size):
 
 
 @requires_gpu
-def test_long_rows_of_fp8_products_are_added_up_exactly():
+@pytest.mark.parametrize("name", attention_fp8.KERNELS)
+def test_long_rows_of_fp8_products_are_added_up_exactly(name):
     """Values with a mean in common, over the keys of 2048x2048: sums that the tensor core keeps lose 16 % of it."""
     q, k, v = arguments((1, 2, 1000, 16448, 128), "cuda", torch.bfloat16, spread=1)
-    reason = ATTENTION.refusals(attention.request(q, k, v))["triton-fp8"]
+    reason = ATTENTION.refusals(attention.request(q, k, v))[name]
     if reason:
         pytest.skip(reason)
     v = v + 0.5
-    assert error(attention.attention(q, k, v, backend="triton-fp8"), exactly(q, k, v)) < 0.01
+    assert error(attention.attention(q, k, v, backend=name), exactly(q, k, v)) < 0.01
 
 
 @pytest.mark.parametrize("capability", [89, 90, 100, 120])
@@ -211,17 +186,20 @@ def test_blocks_of_keys_are_added_up_outside_of_fp8_products(pack, capability):
 
 
 @requires_gpu
-def test_triton_backends_replay_in_a_cuda_graph():
+@pytest.mark.parametrize("name", ["triton", *attention_fp8.KERNELS])
+def test_triton_backends_replay_in_a_cuda_graph(name):
     q, k, v = arguments((1, 2, 333, 333, 128), "cuda", torch.bfloat16)
-    for name in ("triton", "triton-fp8"):
-        run = ATTENTION.choose(name, attention.request(q, k, v)).function
-        eager = run(q, k, v, None)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            captured = run(q, k, v, None)
-        captured.fill_(float("nan"))
-        graph.replay()
-        assert torch.equal(captured, eager)
+    reason = ATTENTION.refusals(attention.request(q, k, v))[name]
+    if reason:
+        pytest.skip(reason)
+    run = ATTENTION.backends[name].function
+    eager = run(q, k, v, None)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run(q, k, v, None)
+    captured.fill_(float("nan"))
+    graph.replay()
+    assert torch.equal(captured, eager)
 
 
 def test_the_cpu_takes_sdpa_and_tells_why_not_the_others():
@@ -236,15 +214,23 @@ def test_the_cpu_takes_sdpa_and_tells_why_not_the_others():
 
 
 @requires_gpu
+@pytest.mark.parametrize("kernel", attention_fp8.KERNELS)
 @pytest.mark.parametrize("keys", [4160, 4200])
-def test_codes_in_a_cuda_graph(keys):
+def test_codes_in_a_cuda_graph(keys, kernel):
     """As the forward calls it: the norm and rotation put out codes, and what is replayed equals what was computed."""
     q, k = (heads.quantise_heads(normal(1, 30, keys, 128, device="cuda")) for _ in range(2))
     v = normal(1, keys, 3, 30, 128, device="cuda", dtype=torch.bfloat16)[:, :, 2].transpose(1, 2)
-    eager = attention.attention_of_codes(q, k, v), *attention.rows_of_codes(q, k, v)
+    reason = ATTENTION.refusals(attention.request(v, v, v))[kernel]
+    if reason:
+        pytest.skip(reason)
+
+    def both():
+        return attention_fp8.attention_of_codes(kernel, q, k, v), *attention_fp8.rows_of_codes(kernel, q, k, v, 1.0)
+
+    eager = both()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        captured = attention.attention_of_codes(q, k, v), *attention.rows_of_codes(q, k, v)
+        captured = both()
     for tensor in captured:
         tensor.fill_(float("nan"))
     graph.replay()
@@ -292,8 +278,9 @@ def test_auto_by_capability(monkeypatch, capability, changes, chosen, allowed_er
         ((9, 0), {"keys": 0}, "takes one token and one key at least"),
     ],
 )
-def test_what_the_kernel_for_hopper_refuses(monkeypatch, capability, changes, reason):
-    found = ATTENTION.refusals(on_gpu(monkeypatch, capability, **changes))["hopper"]
+@pytest.mark.parametrize("name", ["hopper", "hopper-fp8"])
+def test_what_the_kernels_for_hopper_refuse(monkeypatch, name, capability, changes, reason):
+    found = ATTENTION.refusals(on_gpu(monkeypatch, capability, **changes))[name]
     assert found is None if reason is None else re.search(reason, found)
 
 
@@ -314,11 +301,11 @@ def test_fp8_is_measured_only_where_its_error_is_allowed(monkeypatch):
     asked = on_gpu(monkeypatch, (9, 0))
 
     def measure(backend):
-        return {"triton-fp8": 1.0, "triton": 2.0}.get(backend.name, 3.0)
+        return {"hopper-fp8": 1.0, "triton": 2.0}.get(backend.name, 3.0)
 
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
     assert ATTENTION.choose("auto", asked, measure=measure).name == "triton"
-    assert ATTENTION.choose("auto", asked, measure=measure, allowed_error=0.1).name == "triton-fp8"
+    assert ATTENTION.choose("auto", asked, measure=measure, allowed_error=0.1).name == "hopper-fp8"
     assert ATTENTION.choose("triton-fp8", asked).name == "triton-fp8"
     with pytest.raises(ValueError, match=r"triton-fp8: needs for FP8 a GPU of compute capability 8\.9 .* has 8\.0"):
         ATTENTION.choose("triton-fp8", on_gpu(monkeypatch, (8, 0)))

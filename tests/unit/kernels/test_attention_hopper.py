@@ -3,20 +3,17 @@
 Gluon has no interpreter, so without such a GPU nothing of it is computed.
 """
 
-import json
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 
 from zimage_turbo.kernels import registry
 from zimage_turbo.tests.unit.kernels.accuracy import GPU, error, normal, poisoned
+from zimage_turbo.tests.unit.kernels.compilation import compiled, described
+from zimage_turbo.tests.unit.kernels.formula import exactly, formula
 
 if not registry.has_gluon():
     pytest.skip("the kernel needs Triton 3.6 or newer", allow_module_level=True)
-from zimage_turbo.kernels import attention_hopper_triton
+from zimage_turbo.kernels import attention_hopper_triton, hopper_tiles_triton
 
 HOPPER = GPU and torch.cuda.get_device_capability()[0] == 9
 requires_hopper = pytest.mark.skipif(not HOPPER, reason="no Hopper GPU")
@@ -27,35 +24,6 @@ SIZES = [
     (1, 2, 192, 128), (1, 2, 193, 129), (2, 3, 191, 255), (1, 1, 1, 1), (1, 3, 5, 300), (3, 2, 1000, 777),
     (1, 140, 64, 64), (1, 30, 4160, 4160), (2, 30, 1088, 1088), (1, 15, 2080, 4160),
 ]  # fmt: skip
-SCRIPT = """
-import json, sys, types
-
-package = types.ModuleType("zimage_turbo")
-package.__path__ = [sys.argv[1]]
-sys.modules["zimage_turbo"] = package
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.experimental.gluon._runtime import GluonASTSource
-
-from zimage_turbo.kernels import attention_hopper_triton as module
-
-kernel = module._attention_kernel
-tensors = [f"tensordesc<{sys.argv[2]}[{rows}, 128], {module.TILE!r}>" for rows in (64, 128, 128, 64)]
-signature = dict(zip(kernel.arg_names, [*tensors, *4 * ["i32"], "fp32"]))
-made = triton.compile(GluonASTSource(kernel, signature), target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})
-print(json.dumps([made.asm["ptx"], made.metadata.shared]))
-"""
-
-
-def formula(q, k, v):
-    """softmax(q kᵀ / sqrt(D)) v head by head, with every step in the tensors' dtype."""
-    parts = zip(q.unbind(1), k.unbind(1), v.unbind(1), strict=True)
-    return torch.stack([(q @ k.mT / q.shape[-1] ** 0.5).softmax(-1) @ v for q, k, v in parts], 1)
-
-
-def exactly(q, k, v):
-    heads = range(q.shape[1])
-    return torch.cat([formula(*(part[:, [head]].double() for part in (q, k, v))) for head in heads], 1)
 
 
 def arguments(size, dtype, spread=2):
@@ -140,11 +108,9 @@ def test_it_replays_in_a_cuda_graph():
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
 def test_weights_go_from_registers_to_the_tensor_core(pack, dtype):
     """Three groups of warps with 8 products for scores and 8 for values, in a loop and for what is around it."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-c", SCRIPT, str(pack), dtype]
-    ran = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert ran.returncode == 0, ran.stderr
-    ptx, shared = json.loads(ran.stdout)
+    rows = {"q_desc": 64, "k_desc": 128, "v_desc": 128, "out_desc": 64}
+    types = {name: described(dtype, number, hopper_tiles_triton.layout(16)) for name, number in rows.items()}
+    ptx, shared = compiled(pack, "attention_hopper_triton", types | {"factor": "fp32"}, {})
     assert ptx.count("wgmma.mma_async") == ptx.count("m64n128k16") == 3 * 2 * (8 + 8)
     assert "ld.shared.v4" not in ptx and "ldmatrix" not in ptx and "cp.async.bulk.tensor.2d" in ptx
     assert shared <= 227 * 1024

@@ -1,0 +1,101 @@
+"""What attention on Hopper is made of, in Gluon, the form of Triton in which a kernel places its warps.
+
+A multiprocessor has one program, which goes from tile to tile. One warp has the copy engine bring what a tile needs,
+groups of four warps multiply, each for ROWS queries of its own.
+
+Each buffer has two barriers: `full` is met when its bytes have come, `empty` when all who read it are done. How often a
+buffer was used tells which phase of its barriers to wait for.
+"""
+
+import torch
+import triton
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+WIDTH = gl.constexpr(128)  # channels of a head
+GROUPS = gl.constexpr(3)  # of warps that multiply
+ROWS = gl.constexpr(64)  # queries of a group
+KEYS = gl.constexpr(128)  # of a block
+REGISTERS = gl.constexpr((160, 160, 24))  # of a thread: in groups two and three, in what loads; group one has the rest
+
+
+@gluon.jit
+def make_barriers(COUNT: gl.constexpr, ARRIVALS: gl.constexpr):
+    made = gl.allocate_shared_memory(gl.int64, [COUNT, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(COUNT):
+        mbarrier.init(made.index(i), count=ARRIVALS)
+    return made
+
+
+@gluon.jit
+def count_turns(tiles, programs):
+    """Tiles of this program."""
+    return gl.cdiv(tiles - gl.program_id(0), programs)
+
+
+@gluon.jit
+def load_queries(desc, row, column, buffers, full, empty, turn):
+    """The queries of all groups, from that row on."""
+    for group in gl.static_range(GROUPS):
+        mbarrier.wait(empty.index(group), (turn & 1) ^ 1)
+        mbarrier.expect(full.index(group), desc.block_type.nbytes)
+        tma.async_copy_global_to_shared(desc, [row + group * ROWS, column], full.index(group), buffers.index(group))
+
+
+@gluon.jit
+def load_block(desc, row, column, buffers, full, empty, count):
+    STAGES: gl.constexpr = buffers.shape[0]
+    stage = count % STAGES
+    mbarrier.wait(empty.index(stage), (count // STAGES & 1) ^ 1)
+    mbarrier.expect(full.index(stage), desc.block_type.nbytes)
+    tma.async_copy_global_to_shared(desc, [row, column], full.index(stage), buffers.index(stage))
+
+
+@gluon.jit
+def wait_full(full, count):
+    """The place of a block before which so many have come."""
+    STAGES: gl.constexpr = full.shape[0]
+    stage = count % STAGES
+    mbarrier.wait(full.index(stage), count // STAGES & 1)
+    return stage
+
+
+@gluon.jit
+def of_rows(vector, matrix):
+    """A number for each row, as a column in the layout of a matrix."""
+    return gl.convert_layout(vector, gl.SliceLayout(1, matrix.type.layout))[:, None]
+
+
+@gluon.jit
+def by_threads(x):
+    """[ROWS, columns / 8, 4, 2]: by the four threads of a row, each with two neighbouring columns of eight.
+
+    What is reduced over the others of these costs no exchange between threads.
+    """
+    columns: gl.constexpr = x.shape[1]
+    return x.reshape((ROWS, columns // 8, 4, 2))
+
+
+@gluon.jit
+def sums_of_threads(x):
+    """[ROWS, 4]"""
+    return gl.sum(gl.sum(by_threads(x), axis=3), axis=1)
+
+
+def layout(bits):
+    """Of tiles in shared memory whose rows have 128 bytes or twice that."""
+    return gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=bits, rank=2)
+
+
+def described(matrix, box):
+    """`matrix`, rows of any distance, for the copy engine: boxes of so many rows and columns."""
+    bits = 8 * matrix.element_size()
+    return TensorDescriptor(matrix, list(matrix.shape), [matrix.stride(0), 1], list(box), layout(bits))
+
+
+def programs_for(queries, heads, device):
+    """One a multiprocessor, or as many as there are tiles."""
+    tiles = triton.cdiv(queries, GROUPS.value * ROWS.value) * heads
+    return min(tiles, torch.cuda.get_device_properties(device).multi_processor_count)

@@ -11,7 +11,6 @@ In FP8 that last product leaves its scales, of rows and columns, to that norm, w
 Several ranks may compute one request together, each its share of the tokens: `sequence` says how.
 """
 
-import contextlib
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,8 +23,7 @@ from comfy.quant_ops import QuantizedTensor
 
 from ..kernels import attention, attention_fp8, norm, residual, rope, swiglu, swiglu_linear
 from ..kernels.arguments import FLOATS
-from . import expansion, layouts, prompt_batch
-from .expansion import Expanded
+from . import layouts, prompt_batch
 from .modulation import Modulation, modulations
 from .refusal import bypass_refusal, common_refusal
 from .residency import near, replaced, unchanged_weights
@@ -190,14 +188,12 @@ def run_blocks(
     """
     x, held = x.to(compute.residual).contiguous(), holds_norm(blocks, compute)
     y = begin(x, blocks[0].attention_norm1, modulated[0][0], blocks[0].attention.qkv, compute.dtype)
-    last, expanded = len(blocks) - 1, {}
+    last = len(blocks) - 1
     for i, (block, (_, gate_attention, scale_ffn, gate_ffn)) in enumerate(zip(blocks, modulated, strict=True)):
         gates = block.feed_forward.w1, block.feed_forward.w3
-        following = [block.attention.out, *gates, block.feed_forward.w2]
-        following += [blocks[i + 1].attention.qkv] if i < last else []
-        h, expanded = attend(block.attention, y, table, compute, expanded, following, exchange)
+        h = attend(block.attention, y, table, compute, exchange)
         x, y = add(x, h, compute, held, block.attention_norm2, gate_attention, block.ffn_norm1, scale_ffn, *gates)
-        h = feed_forward(block.feed_forward, y, compute, expanded)
+        h = feed_forward(block.feed_forward, y, compute)
         if i == last:
             return end(x, h, compute, held, block.ffn_norm2, gate_ffn)
         after, (scale, *_) = blocks[i + 1], modulated[i + 1]
@@ -270,33 +266,24 @@ def attend(
     y: Rows,
     table: torch.Tensor,
     compute: Compute,
-    expanded: Expanded,
-    following: list[torch.nn.Module],
     exchange: Exchange | None = None,
-) -> tuple[Half, Expanded]:
-    """The attention half of a block between its norms, [B, S, D] times compute.factor.
-
-    expanded: weights that are at hand for it; the second result: those of the linears from its last on to the next
-    attention, `following`, as far as they could be expanded beside this one.
-    """
+) -> Half:
+    """The attention half of a block between its norms, [B, S, D] times compute.factor."""
     if exchange is not None:
-        return attend_together(module, y, table, compute, expanded, following, exchange)
-    qkv = project(module.qkv, y, expanded).unflatten(-1, (3, module.n_local_heads, -1))
+        return attend_together(module, y, table, compute, exchange)
+    qkv = project(module.qkv, y).unflatten(-1, (3, module.n_local_heads, -1))
     gains = near(module.q_norm.weight, qkv), near(module.k_norm.weight, qkv)
     normed = functools.partial(rope.qk_norm_rope, qkv, *gains, table, QK_EPS)
     if compute.attention not in attention_fp8.KERNELS:
         h = attention.attention(*normed(layout="tokens"), backend=compute.attention)
-        return project_heads(module.out, h, compute.factor), {}
+        return project_heads(module.out, h, compute.factor)
     q, k, v = normed(quantise=True)
-    with expansion.beside(filter(takes_rows, following), attention.work(q[0], k[0])) as expanded:
-        if takes_rows(module.out):
-            codes, scales = attention_fp8.rows_of_codes(compute.attention, q, k, v, compute.factor)
-        else:
-            h = attention_fp8.attention_of_codes(compute.attention, q, k, v)
-    if takes_rows(module.out):
-        rows = codes.flatten(2), scales
-        return project(module.out, rows, expanded, OUT_AS_SUMS and leaves_scales(module.out, len(scales))), expanded
-    return project_heads(module.out, h, compute.factor), expanded
+    if not takes_rows(module.out):
+        h = attention_fp8.attention_of_codes(compute.attention, q, k, v)
+        return project_heads(module.out, h, compute.factor)
+    codes, scales = attention_fp8.rows_of_codes(compute.attention, q, k, v, compute.factor)
+    sums = OUT_AS_SUMS and leaves_scales(module.out, len(scales))
+    return project(module.out, (codes.flatten(2), scales), sums)
 
 
 def attend_together(
@@ -304,35 +291,24 @@ def attend_together(
     y: Rows,
     table: torch.Tensor,
     compute: Compute,
-    expanded: Expanded,
-    following: list[torch.nn.Module],
     exchange: Exchange,
-) -> tuple[Half, Expanded]:
+) -> Half:
     """`attend` of own tokens y to the tokens of all ranks. Keys, values and queries travel in 16 bit."""
-    batch, heads = len(y[0] if isinstance(y, tuple) else y), module.n_local_heads
-    outputs = heads * module.head_dim
+    heads, outputs = module.n_local_heads, module.n_local_heads * module.head_dim
     apart = exchange.form.ahead and splits(module.qkv, y)
-    qkv = None if apart else project(module.qkv, y, expanded).unflatten(-1, (3, heads, -1))
+    qkv = None if apart else project(module.qkv, y).unflatten(-1, (3, heads, -1))
 
     def projected(parts: slice) -> torch.Tensor:
         if not apart:
             return qkv[:, :, parts]
         some = slice(parts.start * outputs, parts.stop * outputs)
-        return project_some(module.qkv, some, y, expanded).unflatten(-1, (-1, heads, module.head_dim))
+        return project_some(module.qkv, some, y).unflatten(-1, (-1, heads, module.head_dim))
 
-    gains, ready = (near(module.q_norm.weight, table), near(module.k_norm.weight, table)), {}
-    quantise, work = takes_rows(module.out), exchange.work(batch, outputs)
-    with contextlib.ExitStack() as beside:
-
-        def attended(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-            # Not before the first exchange is over: expansions would keep it, and products, off multiprocessors.
-            if compute.attention in attention_fp8.KERNELS and not ready:
-                ready.update(beside.enter_context(expansion.beside(filter(takes_rows, following), work)))
-            return attention.attention(q, k, v, backend=compute.attention)
-
-        rows = exchange.attention(projected, gains, table, QK_EPS, attended, quantise, compute.factor)
+    gains = near(module.q_norm.weight, table), near(module.k_norm.weight, table)
+    attended, quantise = functools.partial(attention.attention, backend=compute.attention), takes_rows(module.out)
+    rows = exchange.attention(projected, gains, table, QK_EPS, attended, quantise, compute.factor)
     sums = OUT_AS_SUMS and quantise and leaves_scales(module.out, len(rows[1]))
-    return project(module.out, rows, ready, sums), ready
+    return project(module.out, rows, sums)
 
 
 def project_heads(linear: torch.nn.Module, h: torch.Tensor, factor: float) -> torch.Tensor:
@@ -341,7 +317,7 @@ def project_heads(linear: torch.nn.Module, h: torch.Tensor, factor: float) -> to
     return linear(h if factor == 1.0 else h * factor)
 
 
-def feed_forward(module: FeedForward, y: Rows, compute: Compute, expanded: Expanded) -> Half:
+def feed_forward(module: FeedForward, y: Rows, compute: Compute) -> Half:
     """The feed-forward half of a block between its norms: [B, S, D], times compute.factor.
 
     Its inner values are 2.7 times as wide as x; of many rows one run after another is computed.
@@ -349,7 +325,7 @@ def feed_forward(module: FeedForward, y: Rows, compute: Compute, expanded: Expan
     codes = y[0] if isinstance(y, tuple) else y
     shape, rows = codes.shape, codes.shape[:2].numel()
     most = compute.rows or ROWS_AT_ONCE
-    how = compute.factor, expanded, leaves_scales(module.w2, rows)
+    how = compute.factor, leaves_scales(module.w2, rows)
     if rows <= most:
         return feed_forward_at_once(module, y, *how)
     run = -(-rows // (16 * -(-rows // most))) * 16  # 16 scales of rows begin where cuBLAS wants them to
@@ -361,21 +337,20 @@ def feed_forward(module: FeedForward, y: Rows, compute: Compute, expanded: Expan
     return h if column_scales[0] is None else Sums(h, torch.cat(row_scales), column_scales[0])
 
 
-def feed_forward_at_once(module: FeedForward, y: Rows, factor: float, expanded: Expanded, sums: bool) -> Half:
-    return project(module.w2, gated(module, y, factor, expanded), expanded, sums)
+def feed_forward_at_once(module: FeedForward, y: Rows, factor: float, sums: bool) -> Half:
+    return project(module.w2, gated(module, y, factor), sums)
 
 
-def gated(module: FeedForward, y: Rows, factor: float, expanded: Expanded) -> Rows:
+def gated(module: FeedForward, y: Rows, factor: float) -> Rows:
     """What the last linear of a feed-forward takes: SiLU of the first's times the second's, times factor."""
     linears, quantise = (module.w1, module.w3), takes_rows(module.w2)
     weights = [linear.weight for linear in linears]
     if isinstance(y, tuple) and quantise and all(linear.bias is None for linear in linears):
-        ready = tuple(map(expanded.get, linears))
-        codes, scales = layouts.gate_rows(y[0].flatten(0, 1), y[1], *weights, factor, ready)
+        codes, scales = layouts.gate_rows(y[0].flatten(0, 1), y[1], *weights, factor)
         return codes.unflatten(0, y[0].shape[:2]), scales
     if isinstance(y, torch.Tensor) and not quantise and all(is_plain(linear, y) for linear in linears):
         return swiglu_linear.linear(y.flatten(0, 1), *weights, factor).unflatten(0, y.shape[:2])
-    gate, value = (project(linear, y, expanded) for linear in linears)
+    gate, value = (project(linear, y) for linear in linears)
     h = swiglu.silu_mul(gate.flatten(0, 1), value.flatten(0, 1), quantise, factor)
     return (h[0].view(gate.shape), h[1]) if quantise else h.view(gate.shape)
 
@@ -395,16 +370,16 @@ def hooked(linear: torch.nn.Module) -> bool:
     return bool(linear._forward_hooks or linear._forward_pre_hooks)
 
 
-def project(linear: torch.nn.Module, y: Rows, expanded: Expanded, sums: bool = False) -> Half:
+def project(linear: torch.nn.Module, y: Rows, sums: bool = False) -> Half:
     """y times a linear's weight, [B, S, N] in the linear's own type; or its `sums`, if it `leaves_scales`."""
     if isinstance(y, torch.Tensor):
         return linear(y)
     (codes, scales), weight = y, linear.weight
     rows, shape = codes.flatten(0, 1), codes.shape[:2]
     if sums:
-        h = layouts.sum_rows(rows, weight, expanded.get(linear))
+        h = layouts.sum_rows(rows, weight)
         return Sums(h.unflatten(0, shape), scales, layouts.column_scales(weight))
-    return layouts.multiply_rows(rows, scales, weight, linear.bias, expanded.get(linear)).unflatten(0, shape)
+    return layouts.multiply_rows(rows, scales, weight, linear.bias).unflatten(0, shape)
 
 
 def splits(linear: torch.nn.Module, y: Rows) -> bool:
@@ -421,13 +396,10 @@ def is_plain(linear: torch.nn.Module, y: Rows) -> bool:
     return splits(linear, y) and not (hooked(linear) or quantised) and linear.weight.is_contiguous()
 
 
-def project_some(linear: torch.nn.Module, outputs: slice, y: Rows, expanded: Expanded) -> torch.Tensor:
+def project_some(linear: torch.nn.Module, outputs: slice, y: Rows) -> torch.Tensor:
     """Some outputs of `project`, of a linear that `splits`."""
     weight = layouts.outputs(linear.weight, outputs)
     if isinstance(y, torch.Tensor):
         return torch.nn.functional.linear(y, weight)
-    (codes, scales), ready = y, expanded.get(linear)
-    rows = layouts.multiply_rows(
-        codes.flatten(0, 1), scales, weight, expanded=None if ready is None else ready[outputs]
-    )
-    return rows.unflatten(0, codes.shape[:2])
+    codes, scales = y
+    return layouts.multiply_rows(codes.flatten(0, 1), scales, weight).unflatten(0, codes.shape[:2])

@@ -121,23 +121,18 @@ def is_int4(weight: torch.Tensor) -> bool:
     return isinstance(weight, QuantizedTensor) and weight._layout_cls == Int4Layout.__name__
 
 
-def multiply_rows(
-    codes: torch.Tensor, scales: torch.Tensor, weight: QuantizedTensor, bias=None, expanded: torch.Tensor | None = None
-) -> torch.Tensor:
-    """FP8 rows [M, K] with scales [M, 1] times a weight that `takes_rows`: [M, N] in the weight's own type.
-
-    expanded: the FP8 codes [N, K] of an INT4 weight, if they are at hand.
-    """
+def multiply_rows(codes: torch.Tensor, scales: torch.Tensor, weight: QuantizedTensor, bias=None) -> torch.Tensor:
+    """FP8 rows [M, K] with scales [M, 1] times a weight that `takes_rows`: [M, N] in the weight's own type."""
     params = weight._params
-    return fp8.linear(codes, scales, _fp8_codes(weight, expanded), params.scale, bias, params.orig_dtype)
+    return fp8.linear(codes, scales, _fp8_codes(weight), params.scale, bias, params.orig_dtype)
 
 
-def sum_rows(codes: torch.Tensor, weight: QuantizedTensor, expanded: torch.Tensor | None = None) -> torch.Tensor:
+def sum_rows(codes: torch.Tensor, weight: QuantizedTensor) -> torch.Tensor:
     """`multiply_rows` of what `leaves_scales`, before it is scaled: sums [M, N] in bf16.
 
     Times the scale of each row and `column_scales` they are its result.
     """
-    return fp8.product(codes, _fp8_codes(weight, expanded))
+    return fp8.product(codes, _fp8_codes(weight))
 
 
 def gate_rows(
@@ -146,11 +141,9 @@ def gate_rows(
     gate_weight: QuantizedTensor,
     value_weight: QuantizedTensor,
     factor: float,
-    expanded: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None),
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """SiLU of `multiply_rows` with one weight, times that with another, times factor: FP8 rows [M, N] with scales."""
-    weights = gate_weight, value_weight
-    scaled = [(_fp8_codes(weight, own), weight._params.scale) for weight, own in zip(weights, expanded, strict=True)]
+    scaled = [(_fp8_codes(weight), weight._params.scale) for weight in (gate_weight, value_weight)]
     return swiglu_linear.linear_fp8((codes, scales), *scaled, factor, gate_weight._params.orig_dtype)
 
 
@@ -165,10 +158,10 @@ def column_scales(weight: QuantizedTensor) -> torch.Tensor:
     return weight._params.scale
 
 
-def _fp8_codes(weight: QuantizedTensor, expanded: torch.Tensor | None) -> torch.Tensor:
+def _fp8_codes(weight: QuantizedTensor) -> torch.Tensor:
     if not is_int4(weight):
         return weight._qdata
-    return int4.expand(packed(weight._qdata, weight._params), torch.float8_e4m3fn) if expanded is None else expanded
+    return int4.expand(packed(weight._qdata, weight._params), torch.float8_e4m3fn)
 
 
 class _OnlyOurs(dict):

@@ -94,11 +94,10 @@ def settle_form(
     angles, _ = share.angles(table, words)
     x = torch.randn(batch, len(angles), module.dim, device=table.device, dtype=compute.residual)
     y = forward.begin(x, block.attention_norm1, None, block.attention.qkv, compute.dtype)
-    following = [block.attention.out, block.feed_forward.w1, block.feed_forward.w3, block.feed_forward.w2]
 
     def attend(form: Form) -> object:
         exchange = replace(share.joint, form=form)
-        return forward.attend(block.attention, y, angles, compute, {}, following, exchange)
+        return forward.attend(block.attention, y, angles, compute, exchange)
 
     with torch.cuda.device_of(table):
         rehearse(lambda: list(map(attend, FORMS)), (), table.device)

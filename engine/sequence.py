@@ -96,10 +96,6 @@ class Exchange:
     sizes: tuple[int, ...]
     form: Form
 
-    def work(self, batch: int, channels: int) -> int:
-        """Floating-point operations of this rank's attention, of all heads' channels."""
-        return 4 * batch * self.sizes[self.ranks.rank] * sum(self.sizes) * channels
-
     def attention(
         self,
         project: Projection,

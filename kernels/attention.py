@@ -86,11 +86,6 @@ def attention(q, k, v, lengths=None, backend="auto"):
     return ATTENTION.choose(backend, request(q, k, v, lengths)).function(q, k, v, lengths)
 
 
-def work(q, k) -> int:
-    """Floating-point operations of attention with queries [B, H, S, D] and keys [B, H, T, D]."""
-    return 4 * q.numel() * k.shape[2]
-
-
 def timing(q, k, v, lengths=None, repeats=10):
     """A `measure` for ATTENTION.choose: seconds of a backend on these tensors, after a call that compiles it.
 

@@ -23,7 +23,7 @@ and outlier columns Gaussian, for the price of rotating the activations; it is c
 Backends take the parts of a weight, in its stored basis:
 
     INT4_SEARCH   (weight [N, K] float32 contiguous, seed) -> codes, groups, scales; seed as stochastic_seed of quantise
-    INT4_EXPAND   (codes, groups, scales, out, programs)   writes out as expand says; programs may be ignored
+    INT4_EXPAND   (codes, groups, scales, out)   writes out as expand says
     INT4_LINEAR   (x [M, K] contiguous, codes, groups, scales, bias [N] or None) -> y [M, N] in x's dtype
 """
 
@@ -118,18 +118,13 @@ def quantise(
 
 
 def expand(
-    weight: Int4Weight,
-    dtype: torch.dtype,
-    out: torch.Tensor | None = None,
-    programs: int | None = None,
-    backend: str = "auto",
+    weight: Int4Weight, dtype: torch.dtype, out: torch.Tensor | None = None, backend: str = "auto"
 ) -> torch.Tensor:
     """The weight [N, K] in its stored basis: the decoding of the module's docstring, without undoing a rotation.
 
     dtype float8_e4m3fn gives the FP8 bytes: row n is still to be multiplied by scales[n]. bf16, fp16 and fp32 include
-    the scales: exact, but for weights that fp16 cannot hold. out: a contiguous [N, K] of dtype to write into. programs:
-    of a kernel, to share the FP8 form's work, so that other kernels find room beside them; None: one for every piece
-    of work. Raises ValueError on another dtype or out.
+    the scales: exact, but for weights that fp16 cannot hold. out: a contiguous [N, K] of dtype to write into. Raises
+    ValueError on another dtype or out.
     """
     if dtype not in (FP8, *FLOATS):
         raise ValueError(f"int4.expand: expected dtype float8_e4m3fn, bfloat16, float16 or float32, got {dtype}")
@@ -141,7 +136,7 @@ def expand(
             f"int4.expand: expected out to be a contiguous {list(weight.shape)} of {dtype} on {device}, "
             f"got {described(out)}"
         )
-    _expand_into(out, weight.codes, weight.groups, weight.scales, programs, backend)
+    _expand_into(out, weight.codes, weight.groups, weight.scales, backend)
     return out
 
 
@@ -216,13 +211,9 @@ def _rotation_pays(weight: torch.Tensor, backend: str) -> bool:
     return rotated < ROTATION_GAIN * plain
 
 
-def _expand_into(out, codes, groups, scales, programs=None, backend="auto"):
+def _expand_into(out, codes, groups, scales, backend="auto"):
     request = weight_request(out.device, out.dtype, *out.shape)
-    INT4_EXPAND.choose(backend, request).function(codes, groups, scales, out, programs)
-
-
-def _expand_torch(codes, groups, scales, out, programs):
-    int4_reference.expand(codes, groups, scales, out)
+    INT4_EXPAND.choose(backend, request).function(codes, groups, scales, out)
 
 
 def _check_columns(columns: int, rotated: bool) -> None:
@@ -268,6 +259,6 @@ def _fused_refusal(request):
 INT4_SEARCH.register("triton", lazily("int4_quantise_triton", "search"), triton_refusal)
 INT4_SEARCH.register("torch", int4_reference.search, no_refusal)
 INT4_EXPAND.register("triton", lazily("int4_expand_triton", "expand"), _expand_refusal)
-INT4_EXPAND.register("torch", _expand_torch, no_refusal)
+INT4_EXPAND.register("torch", int4_reference.expand, no_refusal)
 INT4_LINEAR.register("fused", lazily("int4_few_rows_triton", "linear"), _fused_refusal)
 INT4_LINEAR.register("expanded", expanded_linear, no_refusal)

@@ -12,18 +12,16 @@ BLOCK = 512  # groups a program
 
 @triton.jit
 def _expand_fp8_kernel(codes_ptr, groups_ptr, table_ptr, out_ptr, count, PTX: tl.constexpr, BLOCK: tl.constexpr):
-    step = tl.num_programs(0).to(tl.int64) * BLOCK
-    for start in range(tl.program_id(0).to(tl.int64) * BLOCK, count, step):
-        group = start + tl.arange(0, BLOCK)
-        mask = group < count
-        codes = tl.load(codes_ptr + group, mask=mask, other=0)
-        shape = tl.load(groups_ptr + group, mask=mask, other=0).to(tl.int32)
-        t0, t1, t2, t3 = load_four(table_ptr + shape * 4, PTX)
-        first, second = look_up(t0, t1, t2, t3, codes.to(tl.int32), PTX)
-        third, fourth = look_up(t0, t1, t2, t3, (codes >> 32).to(tl.int32), PTX)
-        eights = tl.join(pack_words(first, second), pack_words(third, fourth))
-        place = group[:, None] * 2 + tl.arange(0, 2)[None, :]
-        tl.store(out_ptr + place, eights, mask=mask[:, None])
+    group = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = group < count
+    codes = tl.load(codes_ptr + group, mask=mask, other=0)
+    shape = tl.load(groups_ptr + group, mask=mask, other=0).to(tl.int32)
+    t0, t1, t2, t3 = load_four(table_ptr + shape * 4, PTX)
+    first, second = look_up(t0, t1, t2, t3, codes.to(tl.int32), PTX)
+    third, fourth = look_up(t0, t1, t2, t3, (codes >> 32).to(tl.int32), PTX)
+    eights = tl.join(pack_words(first, second), pack_words(third, fourth))
+    place = group[:, None] * 2 + tl.arange(0, 2)[None, :]
+    tl.store(out_ptr + place, eights, mask=mask[:, None])
 
 
 @triton.jit
@@ -61,13 +59,12 @@ def _expand_pairs_kernel(
     tl.store(out_ptr + place, tl.join(lower, upper), mask=mask[:, None])
 
 
-def expand(codes, groups, scales, out, programs=None):
+def expand(codes, groups, scales, out):
     ptx = out.is_cuda
     with torch.cuda.device_of(out):
         if out.dtype == torch.float8_e4m3fn:
             count = groups.numel()
-            pieces = triton.cdiv(count, BLOCK)
-            _expand_fp8_kernel[(min(pieces, programs or pieces),)](
+            _expand_fp8_kernel[(triton.cdiv(count, BLOCK),)](
                 codes.view(torch.int64), groups, table(out.device).view(torch.int32),
                 out.view(torch.uint8).view(torch.int64), count, PTX=ptx, BLOCK=BLOCK,
             )  # fmt: skip

@@ -106,9 +106,9 @@ def test_products_that_leave_their_scales_err_no_more(file, precision, attention
     )
     real, left = layouts.sum_rows, []
 
-    def counted(codes, weight, expanded=None):
+    def counted(codes, weight):
         left.append(tuple(weight.shape))
-        return real(codes, weight, expanded)
+        return real(codes, weight)
 
     def evaluated(patcher):
         draw(patcher)  # has the host load it

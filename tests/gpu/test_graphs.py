@@ -1,6 +1,5 @@
 """CUDA graphs on a GPU: what is replayed is what would be computed, whatever happens between two runs."""
 
-import contextlib
 import itertools
 import subprocess
 import sys
@@ -9,9 +8,8 @@ import comfy.model_management
 import pytest
 import torch
 
-from zimage_turbo.engine import expansion, forward, graphs, measured, ode, sampling, shortage, turbo
+from zimage_turbo.engine import forward, graphs, measured, ode, sampling, shortage, turbo
 from zimage_turbo.engine.model import load_model
-from zimage_turbo.kernels import attention_fp8
 from zimage_turbo.tests.comparison import relative_error
 from zimage_turbo.tests.gpu import kernels, latents
 from zimage_turbo.tests.gpu.latents import SIZES, draw, positive, with_lora
@@ -62,17 +60,6 @@ def test_every_solver_keeps_to_the_graph(file, solver):
     module.graphs.give_up()
     assert torch.equal(drawn()[0], replayed)
     assert dict(module.forwards) == {turbo.FAST: nfe}
-
-
-@pytest.mark.parametrize("attention", attention_fp8.KERNELS)
-def test_weights_expanded_beside_attention_are_those_expanded_before_products(file, attention, monkeypatch):
-    """Ten pictures in a row, so that a weight which is overwritten too early, or read too early, is seen."""
-    kernels.skip_unless_it_runs(attention)
-    patcher = load_model(file, "int4-fp8", attention=attention)
-    beside = [draw(patcher, (512, 512), seed) for seed in range(10)]
-    monkeypatch.setattr(expansion, "beside", lambda *_: contextlib.nullcontext({}))
-    alone = load_model(file, "int4-fp8", attention=attention)
-    assert all(torch.equal(draw(alone, (512, 512), seed), picture) for seed, picture in enumerate(beside))
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp8"])

@@ -159,9 +159,9 @@ def fp8_rows(monkeypatch):
     """The processor takes FP8 rows, as a GPU with FP8 tensor cores does; the products that left their scales."""
     real, products = layouts.sum_rows, []
 
-    def counted(codes, weight, expanded=None):
+    def counted(codes, weight):
         products.append(tuple(weight.shape))
-        return real(codes, weight, expanded)
+        return real(codes, weight)
 
     monkeypatch.setattr(layouts, "takes_rows", lambda weight: layouts.is_int4(weight) or hasattr(weight, "_qdata"))
     monkeypatch.setattr(layouts, "sum_rows", counted)

@@ -168,7 +168,7 @@ def test_an_int4_product_is_made_of_ops_with_backends(monkeypatch):
     """A user's expansion serves products of many rows, and in FP8."""
     monkeypatch.setattr(int4.INT4_EXPAND, "backends", dict(int4.INT4_EXPAND.backends))
 
-    def zeros(codes, groups, scales, out, programs):
+    def zeros(codes, groups, scales, out):
         out.zero_()
 
     weight, x = quantised(), torch.ones(3, 256)

@@ -10,6 +10,7 @@ from zimage_turbo.engine import forward, measured, sequence
 from zimage_turbo.kernels import registry
 from zimage_turbo.kernels.attention import ATTENTION, AttentionRequest
 from zimage_turbo.kernels.registry import Choices
+from zimage_turbo.tests.gpu.kernels import forgotten
 from zimage_turbo.tests.unit.engine import together
 
 CPU = torch.device("cpu")
@@ -151,3 +152,13 @@ def test_measured_once(tmp_path, monkeypatch, allowed_error):
     measured.attention_backend.cache_clear()
     assert measured.attention_backend(*asked) == first
     assert calls > 1 and len(counted) == calls
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU")
+def test_what_is_measured_is_compiled_side_by_side(tmp_path, monkeypatch):
+    monkeypatch.setattr(measured, "choices_file", lambda: tmp_path / "attention.json")
+    made = forgotten(monkeypatch)
+    measured.attention_backend("auto", torch.device("cuda"), torch.bfloat16, 30, 128, 0.06)
+    assert len({module for module, _ in made if ".attention" in module}) > 1
+    assert all(by_thread for _, by_thread in made)

@@ -10,7 +10,6 @@ import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
-    fence_async_shared,
     mbarrier,
     tma,
     warpgroup_mma,
@@ -28,11 +27,15 @@ from .hopper_tiles_triton import (
     by_threads,
     count_turns,
     described,
+    find_tile,
     load_block,
     load_queries,
     make_barriers,
+    multiprocessors_of,
     of_rows,
-    programs_for,
+    pass_tile,
+    share_out,
+    store_unit,
     sums_of_threads,
     wait_full,
 )
@@ -49,15 +52,14 @@ CODES = gl.constexpr(  # two to the lower half of a register, two to the upper o
 
 @gluon.jit
 def _load(q_desc, k_desc, v_desc, buffers, barriers, sizes):
-    queries, keys, heads, programs = sizes
+    queries, keys, heads, tiles, programs = sizes
     qs, ks, vs, _ = buffers
     q_full, q_empty, k_full, k_empty, v_full, v_empty = barriers
-    tiles, blocks = gl.cdiv(queries, GROUPS * ROWS), gl.cdiv(keys, KEYS)
+    blocks = gl.cdiv(keys, KEYS)
     count = 0
     for turn in range(count_turns(tiles * heads, programs)):
-        tile = gl.program_id(0) + turn * programs
-        head, first = tile // tiles, tile % tiles * GROUPS * ROWS
-        load_queries(q_desc, head * queries + first, 0, qs, q_full, q_empty, turn)
+        head, first, _units = find_tile(turn, tiles, queries, programs)
+        load_queries(q_desc, head * queries + first * ROWS, 0, qs, q_full, q_empty, turn)
         for block in range(blocks):
             key = (blocks - 1 - block) * KEYS
             load_block(k_desc, head * keys + key, 0, ks, k_full, k_empty, count)
@@ -186,61 +188,72 @@ def _store_row_scales(pointer, first, queries, head, scale):
 
 
 @gluon.jit
-def _attend(
-    out_desc, scale_ptrs, scale_strides, buffers, barriers, sizes, scale, factor,
-    QUANTISE: gl.constexpr, GROUP: gl.constexpr,
+def _attend_unit(
+    out_desc, scale_ptrs, scale_strides, buffers, barriers, sizes, head, unit, turn, count, scale, to_out,
+    GROUP: gl.constexpr,
 ):  # fmt: skip
-    queries, keys, heads, programs = sizes
+    """ROWS queries of a head: the blocks until then."""
     qs, ks, vs, outs = buffers
     q_full, q_empty, k_full, k_empty, v_full, v_empty = barriers
-    q_scale_ptr, k_scale_ptr, v_scale_ptr, row_scale_ptr = scale_ptrs
+    q_scale_ptr, k_scale_ptr, v_scale_ptr, _ = scale_ptrs
     q_scale_head, q_scale_block, k_scale_head, k_scale_block = scale_strides
     SCORES: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, KEYS, 32])
     OUT: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, WIDTH, 32])
     dtype: gl.constexpr = ks.dtype
-    tiles, blocks, halves = gl.cdiv(queries, GROUPS * ROWS), gl.cdiv(keys, KEYS), gl.cdiv(keys, HALF)
+    keys = sizes[1]
+    blocks, last = gl.cdiv(keys, KEYS), gl.cdiv(keys, HALF) - 1
+    k_scale_ptr += head * k_scale_head
+    v_scale_ptr += head * (last + 1)
+    scale *= gl.load(q_scale_ptr + head * q_scale_head + unit * q_scale_block)
+    k_scales, v_scales = _load_scales(k_scale_ptr, v_scale_ptr, k_scale_block, blocks - 1, last)
+    mbarrier.wait(q_full.index(GROUP), turn & 1)
+    q = qs.index(GROUP)
+    scores = _scores(q, ks, k_full, k_empty, count, SCORES)
+    key = gl.arange(0, KEYS, layout=gl.SliceLayout(0, SCORES))
+    scores = gl.where((key < keys - (blocks - 1) * KEYS)[None, :], scores, float("-inf"))
+    peak = _bound(scores, scale, k_scales, v_scales)
+    codes, sums = _weights(scores, scale, k_scales, v_scales, peak)
+    fade = gl.full((ROWS,), 1.0, gl.float32, peak.type.layout)
+    total = gl.zeros((ROWS, WIDTH), gl.float32, OUT)
+    for block in range(1, blocks):
+        k_scales, v_scales = _load_scales(k_scale_ptr, v_scale_ptr, k_scale_block, blocks - 1 - block, last)
+        total = total * of_rows(fade, total) + _values(codes, vs, v_full, v_empty, count, dtype, OUT)
+        count += 1
+        scores = _scores(q, ks, k_full, k_empty, count, SCORES)
+        new_peak = gl.maximum(peak, _bound(scores, scale, k_scales, v_scales))
+        fade = gl.exp2(peak - new_peak)
+        peak = new_peak
+        codes, added = _weights(scores, scale, k_scales, v_scales, peak)
+        sums = sums * of_rows(fade, sums) + gl.convert_layout(added, sums.type.layout)
+    mbarrier.arrive(q_empty.index(GROUP))
+    total = total * of_rows(fade, total) + _values(codes, vs, v_full, v_empty, count, dtype, OUT)
+    store_unit(out_desc, outs.index(GROUP), total * of_rows(to_out / gl.sum(sums, axis=1), total), head, unit)
+    return count + 1
+
+
+@gluon.jit
+def _attend(
+    out_desc, scale_ptrs, scale_strides, buffers, barriers, sizes, scale, factor,
+    QUANTISE: gl.constexpr, GROUP: gl.constexpr,
+):  # fmt: skip
+    queries, keys, heads, tiles, programs = sizes
     to_out = 1.0
     if QUANTISE:
-        image_scale = _largest(v_scale_ptr, heads * halves) * ROUNDED
+        image_scale = _largest(scale_ptrs[2], heads * gl.cdiv(keys, HALF)) * ROUNDED
         to_out = 1.0 / image_scale
     count = 0
     for turn in range(count_turns(tiles * heads, programs)):
-        tile = gl.program_id(0) + turn * programs
-        head, unit = tile // tiles, tile % tiles * GROUPS + GROUP
-        k_scales_ptr, v_scales_ptr = k_scale_ptr + head * k_scale_head, v_scale_ptr + head * halves
-        # in a head's last tile a group may have no queries
-        q_scale = q_scale_ptr + head * q_scale_head + gl.minimum(unit, gl.cdiv(queries, ROWS) - 1) * q_scale_block
-        own = scale * gl.load(q_scale)
-        k_scales, v_scales = _load_scales(k_scales_ptr, v_scales_ptr, k_scale_block, blocks - 1, halves - 1)
-        mbarrier.wait(q_full.index(GROUP), turn & 1)
-        q = qs.index(GROUP)
-        scores = _scores(q, ks, k_full, k_empty, count, SCORES)
-        key = gl.arange(0, KEYS, layout=gl.SliceLayout(0, SCORES))
-        scores = gl.where((key < keys - (blocks - 1) * KEYS)[None, :], scores, float("-inf"))
-        peak = _bound(scores, own, k_scales, v_scales)
-        codes, sums = _weights(scores, own, k_scales, v_scales, peak)
-        fade = gl.full((ROWS,), 1.0, gl.float32, peak.type.layout)
-        total = gl.zeros((ROWS, WIDTH), gl.float32, OUT)
-        for block in range(1, blocks):
-            k_scales, v_scales = _load_scales(k_scales_ptr, v_scales_ptr, k_scale_block, blocks - 1 - block, halves - 1)
-            total = total * of_rows(fade, total) + _values(codes, vs, v_full, v_empty, count, dtype, OUT)
-            count += 1
-            scores = _scores(q, ks, k_full, k_empty, count, SCORES)
-            new_peak = gl.maximum(peak, _bound(scores, own, k_scales, v_scales))
-            fade = gl.exp2(peak - new_peak)
-            peak = new_peak
-            codes, added = _weights(scores, own, k_scales, v_scales, peak)
-            sums = sums * of_rows(fade, sums) + gl.convert_layout(added, sums.type.layout)
-        mbarrier.arrive(q_empty.index(GROUP))
-        total = total * of_rows(fade, total) + _values(codes, vs, v_full, v_empty, count, dtype, OUT)
-        count += 1
-        out = total * of_rows(to_out / gl.sum(sums, axis=1), total)
-        tma.store_wait(0)  # of the tile before
-        outs.index(GROUP).store(out.to(out_desc.dtype))
-        fence_async_shared()
-        tma.async_copy_shared_to_global(out_desc, [unit * ROWS, head * WIDTH], outs.index(GROUP))
-        if QUANTISE:
-            _store_row_scales(row_scale_ptr, unit * ROWS, queries, head, image_scale * factor)
+        head, first, units = find_tile(turn, tiles, queries, programs)
+        if units > GROUP:
+            unit = first + GROUP
+            count = _attend_unit(
+                out_desc, scale_ptrs, scale_strides, buffers, barriers, sizes, head, unit, turn, count, scale, to_out,
+                GROUP,
+            )  # fmt: skip
+            if QUANTISE:
+                _store_row_scales(scale_ptrs[3], unit * ROWS, queries, head, image_scale * factor)
+        else:
+            count = pass_tile(barriers, keys, turn, count, GROUP)
     tma.store_wait(0)
 
 
@@ -248,12 +261,12 @@ def _attend(
 @gluon.jit(
     do_not_specialize=[
         "q_scale_ptr", "k_scale_ptr", "v_scale_ptr", "row_scale_ptr", "q_scale_head", "q_scale_block", "k_scale_head",
-        "k_scale_block", "queries", "keys", "heads", "programs",
+        "k_scale_block", "queries", "keys", "heads", "tiles", "programs",
     ]
 )  # fmt: skip
 def _attention_kernel(
     q_desc, k_desc, v_desc, out_desc, q_scale_ptr, k_scale_ptr, v_scale_ptr, row_scale_ptr,
-    q_scale_head, q_scale_block, k_scale_head, k_scale_block, queries, keys, heads, programs, scale, factor,
+    q_scale_head, q_scale_block, k_scale_head, k_scale_block, queries, keys, heads, tiles, programs, scale, factor,
     QUANTISE: gl.constexpr,
 ):  # fmt: skip
     """q and k by heads, [heads * tokens, WIDTH], v transposed, [heads * WIDTH, tokens], out by tokens,
@@ -271,7 +284,7 @@ def _attention_kernel(
     )  # fmt: skip
     ptrs = (q_scale_ptr, k_scale_ptr, v_scale_ptr, row_scale_ptr)
     strides = (q_scale_head, q_scale_block, k_scale_head, k_scale_block)
-    sizes = (queries, keys, heads, programs)
+    sizes = (queries, keys, heads, tiles, programs)
     gl.warp_specialize(
         [
             (_attend, (out_desc, ptrs, strides, buffers, barriers, sizes, scale, factor, QUANTISE, 0)),
@@ -287,7 +300,7 @@ def _attention_kernel(
 def launch(q, k, v, lengths, out, row_scales, factor):
     """A kernel of attention_fp8; lengths None."""
     (batch, heads, queries, width), keys = q[0].shape, k[0].shape[2]
-    programs = programs_for(queries, heads, out.device)
+    tiles, programs = share_out(queries, heads, multiprocessors_of(out.device))
     with torch.cuda.device_of(out):
         for image in range(batch):
             (q_codes, q_scales), (k_codes, k_scales), (v_codes, v_scales) = (
@@ -302,6 +315,6 @@ def launch(q, k, v, lengths, out, row_scales, factor):
             own_rows = v_scales if row_scales is None else row_scales[image * queries :]
             _attention_kernel[(programs,)](
                 *tensors, q_scales, k_scales, v_scales, own_rows, *q_scales.stride(), *k_scales.stride(),
-                queries, keys, heads, programs, width**-0.5 * 1.4426950408889634, factor,
+                queries, keys, heads, tiles, programs, width**-0.5 * 1.4426950408889634, factor,
                 QUANTISE=row_scales is not None, num_warps=4,
             )  # fmt: skip

@@ -14,7 +14,6 @@ import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
-    fence_async_shared,
     mbarrier,
     tma,
     warpgroup_mma,
@@ -29,11 +28,15 @@ from .hopper_tiles_triton import (
     WIDTH,
     count_turns,
     described,
+    find_tile,
     load_block,
     load_queries,
     make_barriers,
+    multiprocessors_of,
     of_rows,
-    programs_for,
+    pass_tile,
+    share_out,
+    store_unit,
     sums_of_threads,
     wait_full,
 )
@@ -42,15 +45,16 @@ STAGES = gl.constexpr(2)  # blocks of keys, and of values, in shared memory
 
 
 @gluon.jit
-def _load(q_desc, k_desc, v_desc, buffers, barriers, queries, keys, heads, programs):
+def _load(q_desc, k_desc, v_desc, buffers, barriers, sizes):
+    queries, keys, heads, tiles, programs = sizes
     qs, ks, vs, _ = buffers
     q_full, q_empty, k_full, k_empty, v_full, v_empty = barriers
-    tiles, blocks = gl.cdiv(queries, GROUPS * ROWS), gl.cdiv(keys, KEYS)
+    blocks = gl.cdiv(keys, KEYS)
     count = 0
     for turn in range(count_turns(tiles * heads, programs)):
-        tile = gl.program_id(0) + turn * programs
-        column, first = tile // tiles * WIDTH, tile % tiles * GROUPS * ROWS
-        load_queries(q_desc, first, column, qs, q_full, q_empty, turn)
+        head, first, _units = find_tile(turn, tiles, queries, programs)
+        column = head * WIDTH
+        load_queries(q_desc, first * ROWS, column, qs, q_full, q_empty, turn)
         for block in range(blocks):
             row = (blocks - 1 - block) * KEYS
             load_block(k_desc, row, column, ks, k_full, k_empty, count)
@@ -85,49 +89,56 @@ def _weights(scores, peak, factor):
 
 
 @gluon.jit
-def _attend(out_desc, buffers, barriers, queries, keys, heads, programs, factor, GROUP: gl.constexpr):
+def _attend_unit(out_desc, buffers, barriers, keys, head, unit, turn, count, factor, GROUP: gl.constexpr):
+    """ROWS queries of a head: the blocks until then."""
     qs, ks, vs, outs = buffers
     q_full, q_empty, k_full, k_empty, v_full, v_empty = barriers
     SCORES: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, KEYS, 16])
     OUT: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, WIDTH, 16])
-    tiles, blocks = gl.cdiv(queries, GROUPS * ROWS), gl.cdiv(keys, KEYS)
     dtype: gl.constexpr = out_desc.dtype
-    count = 0
-    for turn in range(count_turns(tiles * heads, programs)):
-        tile = gl.program_id(0) + turn * programs
-        column, first = tile // tiles * WIDTH, (tile % tiles * GROUPS + GROUP) * ROWS
-        mbarrier.wait(q_full.index(GROUP), turn & 1)
-        q = qs.index(GROUP)
-        scores = _scores(q, ks, k_full, k_empty, count, SCORES)
-        key = gl.arange(0, KEYS, layout=gl.SliceLayout(0, SCORES))
-        scores = gl.where((key < keys - (blocks - 1) * KEYS)[None, :], scores, float("-inf"))
-        peak = gl.max(scores, axis=1) * factor
-        weights = _weights(scores, peak, factor)
-        sums = sums_of_threads(weights)
-        total = gl.zeros((ROWS, WIDTH), gl.float32, OUT)
-        for _ in range(1, blocks):
-            total = _add_values(total, weights, vs, v_full, v_empty, count, dtype, OUT)
-            count += 1
-            scores = _scores(q, ks, k_full, k_empty, count, SCORES)
-            new_peak = gl.maximum(peak, gl.max(scores, axis=1) * factor)
-            fade = gl.exp2(peak - new_peak)
-            peak = new_peak
-            total *= of_rows(fade, total)
-            weights = _weights(scores, peak, factor)
-            sums = sums * of_rows(fade, sums) + sums_of_threads(weights)
-        mbarrier.arrive(q_empty.index(GROUP))
+    blocks = gl.cdiv(keys, KEYS)
+    mbarrier.wait(q_full.index(GROUP), turn & 1)
+    q = qs.index(GROUP)
+    scores = _scores(q, ks, k_full, k_empty, count, SCORES)
+    key = gl.arange(0, KEYS, layout=gl.SliceLayout(0, SCORES))
+    scores = gl.where((key < keys - (blocks - 1) * KEYS)[None, :], scores, float("-inf"))
+    peak = gl.max(scores, axis=1) * factor
+    weights = _weights(scores, peak, factor)
+    sums = sums_of_threads(weights)
+    total = gl.zeros((ROWS, WIDTH), gl.float32, OUT)
+    for _ in range(1, blocks):
         total = _add_values(total, weights, vs, v_full, v_empty, count, dtype, OUT)
         count += 1
-        out = total * of_rows(1.0 / gl.sum(sums, axis=1), total)
-        tma.store_wait(0)  # of the tile before
-        outs.index(GROUP).store(out.to(dtype))
-        fence_async_shared()
-        tma.async_copy_shared_to_global(out_desc, [first, column], outs.index(GROUP))
+        scores = _scores(q, ks, k_full, k_empty, count, SCORES)
+        new_peak = gl.maximum(peak, gl.max(scores, axis=1) * factor)
+        fade = gl.exp2(peak - new_peak)
+        peak = new_peak
+        total *= of_rows(fade, total)
+        weights = _weights(scores, peak, factor)
+        sums = sums * of_rows(fade, sums) + sums_of_threads(weights)
+    mbarrier.arrive(q_empty.index(GROUP))
+    total = _add_values(total, weights, vs, v_full, v_empty, count, dtype, OUT)
+    out = total * of_rows(1.0 / gl.sum(sums, axis=1), total)
+    store_unit(out_desc, outs.index(GROUP), out, head, unit)
+    return count + 1
+
+
+@gluon.jit
+def _attend(out_desc, buffers, barriers, sizes, factor, GROUP: gl.constexpr):
+    queries, keys, heads, tiles, programs = sizes
+    count = 0
+    for turn in range(count_turns(tiles * heads, programs)):
+        head, first, units = find_tile(turn, tiles, queries, programs)
+        if units > GROUP:
+            unit = first + GROUP
+            count = _attend_unit(out_desc, buffers, barriers, keys, head, unit, turn, count, factor, GROUP)
+        else:
+            count = pass_tile(barriers, keys, turn, count, GROUP)
     tma.store_wait(0)
 
 
-@gluon.jit(do_not_specialize=["queries", "keys", "heads", "programs"])
-def _attention_kernel(q_desc, k_desc, v_desc, out_desc, queries, keys, heads, programs, factor):
+@gluon.jit(do_not_specialize=["queries", "keys", "heads", "tiles", "programs"])
+def _attention_kernel(q_desc, k_desc, v_desc, out_desc, queries, keys, heads, tiles, programs, factor):
     """All tensors by tokens, [tokens, heads * WIDTH]: what lies beyond the last token is read as zeros, not written."""
     qs = gl.allocate_shared_memory(q_desc.dtype, [GROUPS, ROWS, WIDTH], q_desc.layout)
     ks = gl.allocate_shared_memory(k_desc.dtype, [STAGES, KEYS, WIDTH], k_desc.layout)
@@ -139,12 +150,13 @@ def _attention_kernel(q_desc, k_desc, v_desc, out_desc, queries, keys, heads, pr
         make_barriers(STAGES, 1), make_barriers(STAGES, GROUPS),
         make_barriers(STAGES, 1), make_barriers(STAGES, GROUPS),
     )  # fmt: skip
+    sizes = (queries, keys, heads, tiles, programs)
     gl.warp_specialize(
         [
-            (_attend, (out_desc, buffers, barriers, queries, keys, heads, programs, factor, 0)),
-            (_attend, (out_desc, buffers, barriers, queries, keys, heads, programs, factor, 1)),
-            (_attend, (out_desc, buffers, barriers, queries, keys, heads, programs, factor, 2)),
-            (_load, (q_desc, k_desc, v_desc, buffers, barriers, queries, keys, heads, programs)),
+            (_attend, (out_desc, buffers, barriers, sizes, factor, 0)),
+            (_attend, (out_desc, buffers, barriers, sizes, factor, 1)),
+            (_attend, (out_desc, buffers, barriers, sizes, factor, 2)),
+            (_load, (q_desc, k_desc, v_desc, buffers, barriers, sizes)),
         ],
         [4, 4, 1],
         REGISTERS,
@@ -158,13 +170,13 @@ def attention(q, k, v, lengths, out=None):
     if out is None:
         out = torch.empty((batch, tokens, heads, width), dtype=q.dtype, device=q.device).transpose(1, 2)
     q, k, v = map(_by_tokens, (q, k, v))
-    programs = programs_for(tokens, heads, q.device)
+    tiles, programs = share_out(tokens, heads, multiprocessors_of(q.device))
     with torch.cuda.device_of(q):
         for image in zip(q, k, v, out, strict=True):
             rows = (ROWS.value, KEYS.value, KEYS.value, ROWS.value)
             tensors = (described(_matrix(x), (number, width)) for x, number in zip(image, rows, strict=True))
             _attention_kernel[(programs,)](
-                *tensors, tokens, k.shape[2], heads, programs, width**-0.5 * 1.4426950408889634, num_warps=4
+                *tensors, tokens, k.shape[2], heads, tiles, programs, width**-0.5 * 1.4426950408889634, num_warps=4
             )
     return out
 

@@ -1,7 +1,8 @@
 """What attention on Hopper is made of, in Gluon, the form of Triton in which a kernel places its warps.
 
 A multiprocessor has one program, which goes from tile to tile. One warp has the copy engine bring what a tile needs,
-groups of four warps multiply, each for ROWS queries of its own.
+groups of four warps multiply, each for a unit of ROWS queries. A tile has at most as many units as there are groups,
+and fewer where programs have turns left.
 
 Each buffer has two barriers: `full` is met when its bytes have come, `empty` when all who read it are done. How often a
 buffer was used tells which phase of its barriers to wait for.
@@ -11,7 +12,7 @@ import torch
 import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 WIDTH = gl.constexpr(128)  # channels of a head
@@ -33,6 +34,27 @@ def make_barriers(COUNT: gl.constexpr, ARRIVALS: gl.constexpr):
 def count_turns(tiles, programs):
     """Tiles of this program."""
     return gl.cdiv(tiles - gl.program_id(0), programs)
+
+
+@gluon.jit
+def find_tile(turn, tiles, queries, programs):
+    """Of this program's tile in that turn the head, its first unit, and how many units it has."""
+    tile, units = gl.program_id(0) + turn * programs, gl.cdiv(queries, ROWS)
+    first = tile % tiles * units // tiles
+    return tile // tiles, first, (tile % tiles + 1) * units // tiles - first
+
+
+@gluon.jit
+def pass_tile(barriers, keys, turn, count, GROUP: gl.constexpr):
+    """A tile without a unit for this group, which lets its keys and values go by: the blocks until then."""
+    q_full, q_empty, k_full, k_empty, v_full, v_empty = barriers
+    mbarrier.wait(q_full.index(GROUP), turn & 1)
+    mbarrier.arrive(q_empty.index(GROUP))
+    for _ in range(gl.cdiv(keys, KEYS)):
+        mbarrier.arrive(k_empty.index(wait_full(k_full, count)))
+        mbarrier.arrive(v_empty.index(wait_full(v_full, count)))
+        count += 1
+    return count
 
 
 @gluon.jit
@@ -60,6 +82,15 @@ def wait_full(full, count):
     stage = count % STAGES
     mbarrier.wait(full.index(stage), count // STAGES & 1)
     return stage
+
+
+@gluon.jit
+def store_unit(desc, buffer, rows, head, unit):
+    """Rows of a head; the copy engine writes them while the next unit is computed."""
+    tma.store_wait(0)  # of the unit before
+    buffer.store(rows.to(desc.dtype))
+    fence_async_shared()
+    tma.async_copy_shared_to_global(desc, [unit * ROWS, head * WIDTH], buffer)
 
 
 @gluon.jit
@@ -95,7 +126,13 @@ def described(matrix, box):
     return TensorDescriptor(matrix, list(matrix.shape), [matrix.stride(0), 1], list(box), layout(bits))
 
 
-def programs_for(queries, heads, device):
-    """One a multiprocessor, or as many as there are tiles."""
-    tiles = triton.cdiv(queries, GROUPS.value * ROWS.value) * heads
-    return min(tiles, torch.cuda.get_device_properties(device).multi_processor_count)
+def share_out(queries: int, heads: int, multiprocessors: int) -> tuple[int, int]:
+    """(tiles a head, programs): of tiles as many as take no more turns than the fewest would."""
+    units = triton.cdiv(queries, ROWS.value)
+    turns = triton.cdiv(triton.cdiv(units, GROUPS.value) * heads, multiprocessors)
+    tiles = min(units, turns * multiprocessors // heads)
+    return tiles, min(tiles * heads, multiprocessors)
+
+
+def multiprocessors_of(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count

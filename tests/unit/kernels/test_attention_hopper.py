@@ -3,6 +3,8 @@
 Gluon has no interpreter, so without such a GPU nothing of it is computed.
 """
 
+import itertools
+
 import pytest
 import torch
 
@@ -19,10 +21,11 @@ HOPPER = GPU and torch.cuda.get_device_capability()[0] == 9
 requires_hopper = pytest.mark.skipif(not HOPPER, reason="no Hopper GPU")
 HALVES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 dtypes = pytest.mark.parametrize("dtype", HALVES.values(), ids=HALVES.keys())
-# B, H, S, T: whole tiles of 192 queries and blocks of 128 keys, one more or less, a few rows, more heads than programs
+# B, H, S, T: whole tiles of 192 queries and blocks of 128 keys, one more or less, a few rows, more heads than programs,
+# tiles of one to three units
 SIZES = [
     (1, 2, 192, 128), (1, 2, 193, 129), (2, 3, 191, 255), (1, 1, 1, 1), (1, 3, 5, 300), (3, 2, 1000, 777),
-    (1, 140, 64, 64), (1, 30, 4160, 4160), (2, 30, 1088, 1088), (1, 15, 2080, 4160),
+    (1, 140, 64, 64), (1, 30, 4160, 4160), (2, 30, 1088, 1088), (1, 15, 2080, 4160), (1, 30, 4256, 300),
 ]  # fmt: skip
 
 
@@ -103,6 +106,17 @@ def test_it_replays_in_a_cuda_graph():
     captured.fill_(float("nan"))
     graph.replay()
     assert torch.equal(captured, eager)
+
+
+@pytest.mark.parametrize("multiprocessors", [132, 114, 78, 1])
+def test_tiles_are_as_many_as_take_no_further_turn(multiprocessors):
+    for heads, queries in itertools.product((1, 7, 30, 200), (1, 64, 65, 192, 1088, 4160, 4256, 16448)):
+        tiles, programs = hopper_tiles_triton.share_out(queries, heads, multiprocessors)
+        units, fewest = -(-queries // 64), -(-queries // 192)
+        assert fewest <= tiles <= units and programs == min(tiles * heads, multiprocessors)
+        turns = -(-tiles * heads // multiprocessors)
+        assert turns == -(-fewest * heads // multiprocessors)
+        assert tiles == units or -(-(tiles + 1) * heads // multiprocessors) > turns
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])

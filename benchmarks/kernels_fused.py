@@ -314,7 +314,11 @@ def sweep() -> list[dict]:
         run = partial(attention_triton.attention, lengths=None, blocks=blocks)
         rows.append(attention_row(name, "tokens", run, sets, exact, EXACT))
     coded = [(heads.quantise_heads(q), heads.quantise_heads(k), v) for q, k, v in sets]
+    refusals = attention.ATTENTION.refusals(attention.request(*sets[0]))
     for kernel in attention_fp8.KERNELS:
+        if refusals[kernel]:
+            print(f"{kernel} cannot run: it {refusals[kernel]}")
+            continue
         run = partial(attention_fp8.attention_of_codes, kernel)
         rows.append(attention_row(f"{kernel} of codes", "heads", run, coded, exact, fp8_error))
     parts = {

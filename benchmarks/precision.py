@@ -29,8 +29,8 @@ from zimage_turbo.benchmarks.pipeline import Pipeline  # noqa: E402
 from zimage_turbo.launcher.inside import host  # noqa: E402
 
 REFERENCE = ("fp32", "sdpa")
-ROUNDS_OR_NOT = ("hopper", "cudnn", "hopper-fp8", "triton-fp8")
-QUANTISED_ATTENTION = [(precision, name) for precision in ("fp8", "int4-fp8") for name in ROUNDS_OR_NOT]
+EXACT_AND_FP8 = ("hopper", "cudnn", "hopper-fp8", "triton-fp8")
+QUANTISED_ATTENTION = [(precision, name) for precision in ("fp8", "int4-fp8") for name in EXACT_AND_FP8]
 MOST_LOST = 2.0  # points of the items' rate
 
 

@@ -21,6 +21,7 @@ from .heads import BLOCK
 from .hopper_tiles_triton import (
     GROUPS,
     KEYS,
+    LOG2_E,
     REGISTERS,
     ROWS,
     WIDTH,
@@ -31,6 +32,7 @@ from .hopper_tiles_triton import (
     load_block,
     load_queries,
     make_barriers,
+    multiply_keys,
     multiprocessors_of,
     of_rows,
     pass_tile,
@@ -92,16 +94,6 @@ def _inverse(scale):
 def _halves(x):
     """[ROWS, KEYS] as two [ROWS, HALF]: nothing moves between threads."""
     return x.reshape((ROWS, 2, HALF)).permute((0, 2, 1)).split()
-
-
-@gluon.jit
-def _scores(q, ks, full, empty, count, LAYOUT: gl.constexpr):
-    stage = wait_full(full, count)
-    scores = gl.zeros((ROWS, KEYS), gl.float32, LAYOUT)
-    scores = warpgroup_mma(q, ks.index(stage).permute((1, 0)), scores, use_acc=False, is_async=True)
-    scores = warpgroup_mma_wait(0, deps=(scores,))
-    mbarrier.arrive(empty.index(stage))
-    return scores
 
 
 @gluon.jit
@@ -171,7 +163,13 @@ def _values(codes, vs, full, empty, count, dtype: gl.constexpr, LAYOUT: gl.const
 @gluon.jit
 def _largest(pointer, count):
     """The largest of so many positive numbers; every warp reads them all, so that none need be told."""
-    LAYOUT: gl.constexpr = gl.BlockedLayout([32], [32], [4], [0])
+    LAYOUT: gl.constexpr = gl.DistributedLinearLayout(
+        reg_bases=[[32], [64], [128], [256], [512]],
+        lane_bases=[[1], [2], [4], [8], [16]],
+        warp_bases=[[0], [0]],
+        block_bases=[],
+        shape=[1024],
+    )
     found = gl.zeros((1024,), gl.float32, LAYOUT)
     for start in range(0, count, 1024):
         place = start + gl.arange(0, 1024, layout=LAYOUT)
@@ -208,7 +206,7 @@ def _attend_unit(
     k_scales, v_scales = _load_scales(k_scale_ptr, v_scale_ptr, k_scale_block, blocks - 1, last)
     mbarrier.wait(q_full.index(GROUP), turn & 1)
     q = qs.index(GROUP)
-    scores = _scores(q, ks, k_full, k_empty, count, SCORES)
+    scores = multiply_keys(q, ks, k_full, k_empty, count, SCORES)
     key = gl.arange(0, KEYS, layout=gl.SliceLayout(0, SCORES))
     scores = gl.where((key < keys - (blocks - 1) * KEYS)[None, :], scores, float("-inf"))
     peak = _bound(scores, scale, k_scales, v_scales)
@@ -219,7 +217,7 @@ def _attend_unit(
         k_scales, v_scales = _load_scales(k_scale_ptr, v_scale_ptr, k_scale_block, blocks - 1 - block, last)
         total = total * of_rows(fade, total) + _values(codes, vs, v_full, v_empty, count, dtype, OUT)
         count += 1
-        scores = _scores(q, ks, k_full, k_empty, count, SCORES)
+        scores = multiply_keys(q, ks, k_full, k_empty, count, SCORES)
         new_peak = gl.maximum(peak, _bound(scores, scale, k_scales, v_scales))
         fade = gl.exp2(peak - new_peak)
         peak = new_peak
@@ -277,11 +275,7 @@ def _attention_kernel(
         gl.allocate_shared_memory(v_desc.dtype, [STAGES, WIDTH, KEYS], v_desc.layout),
         gl.allocate_shared_memory(out_desc.dtype, [GROUPS, ROWS, WIDTH], out_desc.layout),
     )
-    barriers = (
-        make_barriers(GROUPS, 1), make_barriers(GROUPS, 1),
-        make_barriers(STAGES, 1), make_barriers(STAGES, GROUPS),
-        make_barriers(STAGES, 1), make_barriers(STAGES, GROUPS),
-    )  # fmt: skip
+    barriers = make_barriers(STAGES)
     ptrs = (q_scale_ptr, k_scale_ptr, v_scale_ptr, row_scale_ptr)
     strides = (q_scale_head, q_scale_block, k_scale_head, k_scale_block)
     sizes = (queries, keys, heads, tiles, programs)
@@ -298,7 +292,9 @@ def _attention_kernel(
 
 
 def launch(q, k, v, lengths, out, row_scales, factor):
-    """A kernel of attention_fp8; lengths None."""
+    """A kernel of attention_fp8 that takes no lengths. Raises ValueError if there are any."""
+    if lengths is not None:
+        raise ValueError("hopper-fp8: takes no lengths; take triton-fp8, or cut keys and values off")
     (batch, heads, queries, width), keys = q[0].shape, k[0].shape[2]
     tiles, programs = share_out(queries, heads, multiprocessors_of(out.device))
     with torch.cuda.device_of(out):
@@ -315,6 +311,6 @@ def launch(q, k, v, lengths, out, row_scales, factor):
             own_rows = v_scales if row_scales is None else row_scales[image * queries :]
             _attention_kernel[(programs,)](
                 *tensors, q_scales, k_scales, v_scales, own_rows, *q_scales.stride(), *k_scales.stride(),
-                queries, keys, heads, tiles, programs, width**-0.5 * 1.4426950408889634, factor,
+                queries, keys, heads, tiles, programs, width**-0.5 * LOG2_E, factor,
                 QUANTISE=row_scales is not None, num_warps=4,
             )  # fmt: skip

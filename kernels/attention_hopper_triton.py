@@ -2,8 +2,8 @@
 
 FlashAttention (Dao 2023) with the division of labour of its third version (Shah et al. 2024): one warp has the copy
 engine bring tiles, three groups of four warps multiply, each 64 queries of its own with the same keys and values. While
-one of them is at its softmax, the others keep the tensor cores busy. 192 queries a program go through the keys, rather
-than the 128 of two groups: a third less to read from the L2 cache, which draws power that products could have, and 5
+one of them is at its softmax, the others keep the tensor cores busy. Up to 192 queries go through the keys at a time,
+not 128 as with two groups: a third less to read from the L2 cache, which draws power that products could have, and 5
 even rounds on the 132 multiprocessors of an H100 for the 30 heads of a 1024x1024 picture.
 
 Tiles of a head are neighbours, so that its keys stay in the L2 cache. The last block of keys, which may not be whole,
@@ -23,6 +23,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from .hopper_tiles_triton import (
     GROUPS,
     KEYS,
+    LOG2_E,
     REGISTERS,
     ROWS,
     WIDTH,
@@ -32,6 +33,7 @@ from .hopper_tiles_triton import (
     load_block,
     load_queries,
     make_barriers,
+    multiply_keys,
     multiprocessors_of,
     of_rows,
     pass_tile,
@@ -63,16 +65,6 @@ def _load(q_desc, k_desc, v_desc, buffers, barriers, sizes):
 
 
 @gluon.jit
-def _scores(q, ks, full, empty, count, LAYOUT: gl.constexpr):
-    stage = wait_full(full, count)
-    scores = gl.zeros((ROWS, KEYS), gl.float32, LAYOUT)
-    scores = warpgroup_mma(q, ks.index(stage).permute((1, 0)), scores, use_acc=False, is_async=True)
-    scores = warpgroup_mma_wait(0, deps=(scores,))
-    mbarrier.arrive(empty.index(stage))
-    return scores
-
-
-@gluon.jit
 def _add_values(total, weights, vs, full, empty, count, dtype: gl.constexpr, LAYOUT: gl.constexpr):
     """total + weights V. The weights go from registers to the tensor core, in the order in which they lie there."""
     weights = gl.convert_layout(weights.to(dtype), gl.DotOperandLayout(operand_index=0, parent=LAYOUT, k_width=2))
@@ -99,7 +91,7 @@ def _attend_unit(out_desc, buffers, barriers, keys, head, unit, turn, count, fac
     blocks = gl.cdiv(keys, KEYS)
     mbarrier.wait(q_full.index(GROUP), turn & 1)
     q = qs.index(GROUP)
-    scores = _scores(q, ks, k_full, k_empty, count, SCORES)
+    scores = multiply_keys(q, ks, k_full, k_empty, count, SCORES)
     key = gl.arange(0, KEYS, layout=gl.SliceLayout(0, SCORES))
     scores = gl.where((key < keys - (blocks - 1) * KEYS)[None, :], scores, float("-inf"))
     peak = gl.max(scores, axis=1) * factor
@@ -109,7 +101,7 @@ def _attend_unit(out_desc, buffers, barriers, keys, head, unit, turn, count, fac
     for _ in range(1, blocks):
         total = _add_values(total, weights, vs, v_full, v_empty, count, dtype, OUT)
         count += 1
-        scores = _scores(q, ks, k_full, k_empty, count, SCORES)
+        scores = multiply_keys(q, ks, k_full, k_empty, count, SCORES)
         new_peak = gl.maximum(peak, gl.max(scores, axis=1) * factor)
         fade = gl.exp2(peak - new_peak)
         peak = new_peak
@@ -145,11 +137,7 @@ def _attention_kernel(q_desc, k_desc, v_desc, out_desc, queries, keys, heads, ti
     vs = gl.allocate_shared_memory(v_desc.dtype, [STAGES, KEYS, WIDTH], v_desc.layout)
     outs = gl.allocate_shared_memory(out_desc.dtype, [GROUPS, ROWS, WIDTH], out_desc.layout)
     buffers = (qs, ks, vs, outs)
-    barriers = (
-        make_barriers(GROUPS, 1), make_barriers(GROUPS, 1),
-        make_barriers(STAGES, 1), make_barriers(STAGES, GROUPS),
-        make_barriers(STAGES, 1), make_barriers(STAGES, GROUPS),
-    )  # fmt: skip
+    barriers = make_barriers(STAGES)
     sizes = (queries, keys, heads, tiles, programs)
     gl.warp_specialize(
         [
@@ -176,7 +164,7 @@ def attention(q, k, v, lengths, out=None):
             rows = (ROWS.value, KEYS.value, KEYS.value, ROWS.value)
             tensors = (described(_matrix(x), (number, width)) for x, number in zip(image, rows, strict=True))
             _attention_kernel[(programs,)](
-                *tensors, tokens, k.shape[2], heads, tiles, programs, width**-0.5 * 1.4426950408889634, num_warps=4
+                *tensors, tokens, k.shape[2], heads, tiles, programs, width**-0.5 * LOG2_E, num_warps=4
             )
     return out
 

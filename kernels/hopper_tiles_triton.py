@@ -12,18 +12,35 @@ import torch
 import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 WIDTH = gl.constexpr(128)  # channels of a head
 GROUPS = gl.constexpr(3)  # of warps that multiply
 ROWS = gl.constexpr(64)  # queries of a group
 KEYS = gl.constexpr(128)  # of a block
+LOG2_E = 1.4426950408889634
 REGISTERS = gl.constexpr((160, 160, 24))  # of a thread: in groups two and three, in what loads; group one has the rest
 
 
 @gluon.jit
-def make_barriers(COUNT: gl.constexpr, ARRIVALS: gl.constexpr):
+def make_barriers(STAGES: gl.constexpr):
+    """`full` and `empty` of queries, of keys and of values."""
+    return (
+        _barriers(GROUPS, 1), _barriers(GROUPS, 1),
+        _barriers(STAGES, 1), _barriers(STAGES, GROUPS),
+        _barriers(STAGES, 1), _barriers(STAGES, GROUPS),
+    )  # fmt: skip
+
+
+@gluon.jit
+def _barriers(COUNT: gl.constexpr, ARRIVALS: gl.constexpr):
     made = gl.allocate_shared_memory(gl.int64, [COUNT, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(COUNT):
         mbarrier.init(made.index(i), count=ARRIVALS)
@@ -82,6 +99,17 @@ def wait_full(full, count):
     stage = count % STAGES
     mbarrier.wait(full.index(stage), count // STAGES & 1)
     return stage
+
+
+@gluon.jit
+def multiply_keys(q, ks, full, empty, count, LAYOUT: gl.constexpr):
+    """q Kᵀ of a block, [ROWS, KEYS] in fp32."""
+    stage = wait_full(full, count)
+    scores = gl.zeros((ROWS, KEYS), gl.float32, LAYOUT)
+    scores = warpgroup_mma(q, ks.index(stage).permute((1, 0)), scores, use_acc=False, is_async=True)
+    scores = warpgroup_mma_wait(0, deps=(scores,))
+    mbarrier.arrive(empty.index(stage))
+    return scores
 
 
 @gluon.jit

@@ -137,7 +137,7 @@ def test_auto_holds_a_whole_file_in_what_the_gpu_computes(capability, files):
 
 @pytest.mark.parametrize("attention", model.ATTENTIONS)
 def test_attention_is_refused_with_a_reason(capability, attention):
-    """'auto' and torch's own always run; kernels for 16 bit begin with Ampere, the FP8 one with Ada."""
+    """'auto' and torch's own always run; kernels for 16 bit begin with Ampere, `triton-fp8` with Ada."""
     least = {"auto": (0, 0), "sdpa": (0, 0), "triton-fp8": ADA}.get(attention, A100)
     request = (attention, CUDA, torch.float16)
     if capability < least:

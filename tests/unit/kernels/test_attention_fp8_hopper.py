@@ -13,16 +13,17 @@ from zimage_turbo.tests.unit.kernels.formula import decoded, decoded_values, exa
 
 if not registry.has_gluon():
     pytest.skip("the kernel needs Triton 3.6 or newer", allow_module_level=True)
-from zimage_turbo.kernels import hopper_tiles_triton
+from zimage_turbo.kernels import attention_fp8_hopper_triton, hopper_tiles_triton
 
 HOPPER = GPU and torch.cuda.get_device_capability()[0] == 9
 requires_hopper = pytest.mark.skipif(not HOPPER, reason="no Hopper GPU")
 FP8 = torch.float8_e4m3fn
 # B, H, S, T: whole tiles of 192 queries and blocks of 128 keys, one more or less, half a block, a few rows, more heads
-# than programs
+# than programs, tiles of one, two and three units beside each other
 SIZES = [
     (1, 2, 192, 128), (1, 2, 193, 129), (2, 3, 191, 255), (1, 2, 64, 192), (1, 1, 1, 1), (1, 3, 5, 300),
-    (3, 2, 1000, 777), (1, 140, 64, 64), (1, 30, 4160, 4160), (2, 30, 1088, 1088), (1, 30, 4256, 300),
+    (3, 2, 1000, 777), (1, 140, 64, 64), (1, 30, 4160, 4160), (2, 30, 1088, 1088), (1, 15, 2080, 4160),
+    (1, 30, 4256, 300),
 ]  # fmt: skip
 sizes = pytest.mark.parametrize("size", SIZES, ids=lambda size: "x".join(map(str, size)))
 
@@ -48,9 +49,16 @@ def out_of(q, dtype=torch.bfloat16):
     return poisoned((batch, tokens, number, width), dtype, "cuda").transpose(1, 2)
 
 
+@pytest.fixture(params=[None, 1], ids=["all programs", "one program"])
+def shared_out(request, monkeypatch):
+    """By as many programs as there are, whose tiles have one unit where that is soon done; by one, in full tiles."""
+    if request.param:
+        monkeypatch.setattr(attention_fp8_hopper_triton, "multiprocessors_of", lambda device: request.param)
+
+
 @requires_hopper
 @sizes
-def test_within_the_error_of_the_other_kernel(size):
+def test_within_the_error_of_the_other_kernel(size, shared_out):
     q, k, v = arguments(size)
     exact = exactly_of(q, k, v)
     found, other = (
@@ -62,7 +70,7 @@ def test_within_the_error_of_the_other_kernel(size):
 
 @requires_hopper
 @sizes
-def test_rows(size):
+def test_rows(size, shared_out):
     """What attention_of_codes gives, times the factor, in FP8, with a scale an image."""
     q, k, v = arguments(size)
     batch, _, tokens, _ = size
@@ -106,6 +114,13 @@ def test_nan_stays_visible_where_it_belongs():
     out = attention_fp8.attention_of_codes("hopper-fp8", (q, scales), k, v)
     assert out[0, 0, 7].isnan().all() and torch.isfinite(out[0, 0, :7]).all() and torch.isfinite(out[0, 0, 8:]).all()
     assert out[0, 1, :, 3].isnan().all()
+
+
+@requires_hopper
+def test_lengths_are_refused():
+    q, k, v = arguments((1, 2, 300, 500))
+    with pytest.raises(ValueError, match="takes no lengths; take triton-fp8"):
+        attention_fp8.attention_of_codes("hopper-fp8", q, k, v, torch.tensor([7], device="cuda"))
 
 
 @pytest.mark.parametrize(("dtype", "quantise"), [("bf16", False), ("fp16", False), ("fp8e4nv", True)])

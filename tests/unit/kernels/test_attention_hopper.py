@@ -22,7 +22,7 @@ requires_hopper = pytest.mark.skipif(not HOPPER, reason="no Hopper GPU")
 HALVES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 dtypes = pytest.mark.parametrize("dtype", HALVES.values(), ids=HALVES.keys())
 # B, H, S, T: whole tiles of 192 queries and blocks of 128 keys, one more or less, a few rows, more heads than programs,
-# tiles of one to three units
+# tiles of one, two and three units beside each other
 SIZES = [
     (1, 2, 192, 128), (1, 2, 193, 129), (2, 3, 191, 255), (1, 1, 1, 1), (1, 3, 5, 300), (3, 2, 1000, 777),
     (1, 140, 64, 64), (1, 30, 4160, 4160), (2, 30, 1088, 1088), (1, 15, 2080, 4160), (1, 30, 4256, 300),
@@ -41,10 +41,17 @@ def arguments(size, dtype, spread=2):
     return q, k, qkv[:, :, 2].transpose(1, 2)
 
 
+@pytest.fixture(params=[None, 1], ids=["all programs", "one program"])
+def shared_out(request, monkeypatch):
+    """By as many programs as there are, whose tiles have one unit where that is soon done; by one, in full tiles."""
+    if request.param:
+        monkeypatch.setattr(attention_hopper_triton, "multiprocessors_of", lambda device: request.param)
+
+
 @requires_hopper
 @pytest.mark.parametrize("size", SIZES, ids=lambda size: "x".join(map(str, size)))
 @dtypes
-def test_within_the_error_of_the_formula(size, dtype):
+def test_within_the_error_of_the_formula(size, dtype, shared_out):
     q, k, v = arguments(size, dtype)
     exact = exactly(q, k, v)
     out = poisoned((size[0], size[2], size[1], 128), dtype, "cuda").transpose(1, 2)

@@ -3,7 +3,6 @@
 The backend is remembered on disk. The form of an exchange depends on what links the ranks: each start measures it.
 """
 
-import contextlib
 import functools
 import logging
 import math
@@ -16,18 +15,13 @@ import folder_paths
 import torch
 from comfy.ldm.lumina.model import NextDiT
 
-from ..kernels import attention_fp8
-from ..kernels.attention import ATTENTION, AttentionRequest, timing
-from ..kernels.heads import quantise_heads
+from ..kernels.attention import ATTENTION, timing
 from ..kernels.registry import Backend, Choices
 from . import forward
 from .graphs import CAPTURING
 from .rehearsal import rehearse
 from .sequence import FORMS, Form, size_class
-
-# A 1024x1024 picture with a short prompt. Smaller ones take what is best here: measured eagerly they would only show
-# what a launch costs.
-TOKENS = 64 * 65
+from .trial import Trial, compiled
 
 
 @functools.cache
@@ -38,38 +32,16 @@ def attention_backend(
 
     Raises ValueError, with each backend's reason, if it cannot run.
     """
-    request = AttentionRequest(
-        device=device, dtype=dtype, batch=1, heads=heads, tokens=TOKENS, keys=TOKENS, head_dim=head_dim
-    )
+    trial = Trial(device, dtype, heads, head_dim)
     if name != "auto" or not measured_on(device):
-        return ATTENTION.choose(name, request, allowed_error=allowed_error).name
+        return ATTENTION.choose(name, trial.request, allowed_error=allowed_error).name
     file, choices = choices_file(), read(choices_file())
     known, short = dict(choices.names), []
 
-    @functools.cache
-    def tensors() -> list[torch.Tensor]:
-        shape = (1, TOKENS, heads, head_dim)
-        return [torch.randn(shape, device=device, dtype=dtype).transpose(1, 2) for _ in range(3)]
-
-    def as_called(backend: Backend) -> Backend:
-        if backend.name not in attention_fp8.KERNELS:
-            return backend
-        q, k, v = tensors()  # of q and k the forward's norm puts out codes
-        of_codes = functools.partial(attention_fp8.attention_of_codes, backend.name, *map(quantise_heads, (q, k)), v)
-        return replace(backend, function=lambda *_: of_codes())
-
-    @functools.cache
-    def compile_all() -> None:
-        """Side by side. What fails does so again when it is measured, and is told of there."""
-        able = [each for each in ATTENTION.backends.values() if each.error <= allowed_error]
-        able = [each for each in able if each.refusal(request) is None]
-        with contextlib.suppress(Exception):
-            rehearse(lambda: [as_called(each).function(*tensors(), None) for each in able], (), device)
-
     def measure(backend: Backend) -> float:
         try:
-            compile_all()
-            seconds = timing(*tensors())(as_called(backend))
+            compiled(device, dtype, heads, head_dim, allowed_error).result()
+            seconds = timing(*trial.tensors)(replace(backend, function=trial.function(backend)))
         except Exception as error:  # of a package or GPU that we have not seen: the others can still be taken
             reason = str(error).partition("\n")[0]
             logging.warning("Z-Image-Turbo: attention by %s fails on %s: %s", backend.name, device, reason)
@@ -79,10 +51,28 @@ def attention_backend(
         logging.info("Z-Image-Turbo: attention by %s takes %.2f ms on %s.", backend.name, seconds * 1000, device)
         return seconds
 
-    chosen = ATTENTION.choose("auto", request, allowed_error=allowed_error, measure=measure, choices=choices).name
+    chosen = ATTENTION.choose("auto", trial.request, allowed_error=allowed_error, measure=measure, choices=choices).name
     if choices.names != known and not short:  # what failed for want of memory may do better the next time
         write(file, choices)
     return chosen
+
+
+def foresee_attention(
+    name: str, device: torch.device, dtype: torch.dtype, heads: int, head_dim: int, allowed_error: float
+) -> None:
+    """Begin to compile what `attention_backend` will measure with these, if it will."""
+    if name != "auto" or not measured_on(device):
+        return
+    unknown = []
+
+    def asked(backend: Backend) -> float:
+        unknown.append(backend)
+        return 0.0
+
+    request, choices = Trial(device, dtype, heads, head_dim).request, read(choices_file())
+    ATTENTION.choose("auto", request, allowed_error=allowed_error, measure=asked, choices=choices)
+    if unknown:
+        compiled(device, dtype, heads, head_dim, allowed_error)
 
 
 def settle_form(

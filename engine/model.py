@@ -15,7 +15,7 @@ from comfy.patcher_extension import CallbacksMP, WrappersMP
 from ..kernels import fp8
 from ..kernels.attention import ATTENTION, AttentionRequest
 from ..kernels.registry import capability
-from . import cache_file, compiling, conditioning, formats, layouts, quantiser, turbo
+from . import cache_file, compiling, conditioning, formats, layouts, measured, quantiser, turbo
 from .checkpoint import Checkpoint, StateDict, shapes_of
 from .operations import operations
 from .residency import fits
@@ -72,7 +72,11 @@ def load_model(
     formats.check_quantised(checkpoint)
     checkpoint.require(shapes_of(_empty_module(config)))
     dtype = FLOATS.get(precision) or _preferred_dtype(config, checkpoint.weights, load_device)
-    check_attention(attention, load_device, management.unet_manual_cast(dtype, load_device) or dtype)
+    compute_dtype = management.unet_manual_cast(dtype, load_device) or dtype
+    check_attention(attention, load_device, compute_dtype)
+    heads = config.unet_config["n_heads"], config.unet_config["dim"] // config.unet_config["n_heads"]
+    allowed = turbo.FP8_ERROR if _rounds_to_fp8(precision, config, load_device) else 0.0
+    measured.foresee_attention(attention, load_device, compute_dtype, *heads, allowed)  # while weights are read
     if precision in quantiser.FORMS:
         if not formats.is_stored_as(checkpoint, quantiser.FORMS[precision]):
             checkpoint = quantiser.quantised(checkpoint, precision, load_device)
@@ -124,6 +128,12 @@ def check_attention(name: str, device: torch.device, dtype: torch.dtype) -> None
         raise ValueError(
             f"attention '{name}' cannot be used on {device}: it {reasons[name]}. Choose 'auto' or: {able}."
         )
+
+
+def _rounds_to_fp8(precision: str, config, device: torch.device) -> bool:
+    """Whether products will, as far as precision and file tell."""
+    kept = precision == "auto" and config.quant_config is not None and fp8.supported(device) is None
+    return kept or precision in ("fp8", "int4-fp8")
 
 
 def _compute(precision: str, device: torch.device) -> str:

@@ -18,6 +18,7 @@ import torch
 from .compiling import KERNELS, knobs
 
 MOST_THREADS = 16
+ONE = threading.RLock()  # of rehearsals at a time: each puts its own hook into Triton, and the one before back
 LENGTHS = (32, 64, 96)  # of padded prompts: each kind of product with INT4 weights, of up to 32, 64 and more rows
 
 
@@ -71,7 +72,7 @@ def rehearse(function: Callable[..., object], inputs: Sequence[torch.Tensor], de
     triton = knobs() if device.type == "cuda" else None
     if triton is None:
         return
-    with ThreadPoolExecutor(min(MOST_THREADS, os.cpu_count() or 1), "compile") as threads:
+    with ONE, ThreadPoolExecutor(min(MOST_THREADS, os.cpu_count() or 1), "compile") as threads:
         before = triton.runtime.jit_cache_hook
         rehearsal = triton.runtime.jit_cache_hook = Rehearsal(threads, device, before)
         try:

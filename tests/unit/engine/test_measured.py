@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from zimage_turbo.engine import forward, measured, sequence
+from zimage_turbo.engine import forward, measured, sequence, trial
 from zimage_turbo.kernels import registry
 from zimage_turbo.kernels.attention import ATTENTION, AttentionRequest
 from zimage_turbo.kernels.registry import Choices
@@ -59,7 +59,7 @@ def chosen(tmp_path, monkeypatch):
     """Chooses on a processor that passes for a GPU of its own kind, where only "works" and another backend can run at
     all; and gives what is remembered of that."""
     monkeypatch.setattr(measured, "choices_file", lambda: tmp_path / "attention.json")
-    monkeypatch.setattr(measured, "TOKENS", 64)
+    monkeypatch.setattr(trial, "TOKENS", 64)
     monkeypatch.setattr(AttentionRequest, "key", "this machine")
     monkeypatch.setattr(measured, "measured_on", lambda device: True)
 
@@ -154,11 +154,49 @@ def test_measured_once(tmp_path, monkeypatch, allowed_error):
     assert calls > 1 and len(counted) == calls
 
 
+@pytest.fixture
+def foreseen(tmp_path, monkeypatch):
+    """What is compiled ahead of a measurement on a processor that passes for a GPU; and where choices are kept."""
+    asked = []
+    monkeypatch.setattr(measured, "choices_file", lambda: tmp_path / "attention.json")
+    monkeypatch.setattr(AttentionRequest, "key", "this machine")
+    monkeypatch.setattr(measured, "measured_on", lambda device: True)
+    monkeypatch.setattr(measured, "compiled", lambda *given: asked.append(given))
+    backends = {name: registry.Backend(name, breaks, registry.no_refusal) for name in ("one", "another")}
+    monkeypatch.setattr(measured.ATTENTION, "backends", backends)
+    return asked
+
+
+def test_what_will_be_measured_is_compiled_ahead(foreseen):
+    given = CPU, torch.float32, 2, 64, 0.0
+    measured.foresee_attention("auto", *given)
+    assert foreseen == [given]
+
+
+def test_what_is_named_or_known_is_not_compiled_ahead(foreseen):
+    given = CPU, torch.float32, 2, 64, 0.0
+    measured.foresee_attention("one", *given)
+    measured.write(measured.choices_file(), Choices({"attention: this machine; of one, another": "another"}))
+    measured.foresee_attention("auto", *given)
+    assert not foreseen
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU")
 def test_what_is_measured_is_compiled_side_by_side(tmp_path, monkeypatch):
+    """Also what comes after a backend that fails."""
+    asked = AttentionRequest(
+        device=torch.device("cuda:0"), dtype=torch.bfloat16, batch=1, heads=30, tokens=64, keys=64, head_dim=128
+    )
+    ours = [name for name, reason in ATTENTION.refusals(asked).items() if "triton" in name and not reason]
+    if not ours:
+        pytest.skip("none of our kernels runs here")
+    monkeypatch.setattr(ATTENTION, "backends", dict(ATTENTION.backends))
+    ATTENTION.register("breaks", breaks, registry.no_refusal, preferred=True)
     monkeypatch.setattr(measured, "choices_file", lambda: tmp_path / "attention.json")
+    measured.attention_backend.cache_clear()
+    trial.compiled.cache_clear()
     made = forgotten(monkeypatch)
-    measured.attention_backend("auto", torch.device("cuda"), torch.bfloat16, 30, 128, 0.06)
-    assert len({module for module, _ in made if ".attention" in module}) > 1
-    assert all(by_thread for _, by_thread in made)
+    assert measured.attention_backend("auto", torch.device("cuda:0"), torch.bfloat16, 30, 128, 0.06) != "breaks"
+    measured.attention_backend.cache_clear()
+    assert made and all(by_thread for _, by_thread in made)

@@ -1,0 +1,67 @@
+"""Attention on random heads of a picture's size, by any backend, as the forward calls it."""
+
+import contextlib
+import contextvars
+import functools
+import logging
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import torch
+
+from ..kernels import attention_fp8
+from ..kernels.attention import ATTENTION, AttentionRequest
+from ..kernels.heads import quantise_heads
+from ..kernels.registry import Backend
+from .rehearsal import rehearse
+
+# A 1024x1024 picture with a short prompt. Smaller ones take what is best here: measured eagerly they would only show
+# what a launch costs.
+TOKENS = 64 * 65
+
+
+class Trial:
+    def __init__(self, device: torch.device, dtype: torch.dtype, heads: int, head_dim: int):
+        self.request = AttentionRequest(
+            device=device, dtype=dtype, batch=1, heads=heads, tokens=TOKENS, keys=TOKENS, head_dim=head_dim
+        )
+
+    @functools.cached_property
+    def tensors(self) -> list[torch.Tensor]:
+        """q, k and v."""
+        shape = (1, TOKENS, self.request.heads, self.request.head_dim)
+        make = functools.partial(torch.randn, device=self.request.device, dtype=self.request.dtype)
+        return [make(shape).transpose(1, 2) for _ in range(3)]
+
+    def function(self, backend: Backend) -> Callable[..., torch.Tensor]:
+        """What the forward calls on q, k, v and lengths; of q and k the codes are there, from the norm before."""
+        if backend.name not in attention_fp8.KERNELS:
+            return backend.function
+        q, k, v = self.tensors
+        of_codes = functools.partial(attention_fp8.attention_of_codes, backend.name, *map(quantise_heads, (q, k)), v)
+        return lambda *_: of_codes()
+
+    def compile(self, allowed_error: float) -> None:
+        """The kernels of all backends that "auto" may take, side by side. What fails here does so again where it is
+        measured, and is told of there."""
+        able = [each for each in ATTENTION.backends.values() if each.error <= allowed_error and not each.fallback]
+        able = [each for each in able if each.refusal(self.request) is None]
+
+        def call_all() -> None:
+            for backend in able:
+                with contextlib.suppress(Exception):
+                    self.function(backend)(*self.tensors, None)
+
+        try:
+            rehearse(call_all, (), self.request.device)
+        except Exception as error:
+            logging.debug("Z-Image-Turbo: kernels of attention were not compiled side by side: %s", error)
+
+
+@functools.cache
+def compiled(device: torch.device, dtype: torch.dtype, heads: int, head_dim: int, allowed_error: float) -> Future[None]:
+    """`Trial.compile` on a thread of its own, from the first call on."""
+    threads, context = ThreadPoolExecutor(1, "attention"), contextvars.copy_context()  # which says what node runs
+    begun = threads.submit(context.run, Trial(device, dtype, heads, head_dim).compile, allowed_error)
+    threads.shutdown(wait=False)
+    return begun

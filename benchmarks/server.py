@@ -2,7 +2,7 @@
 
 Run: ZIMAGE_COMFYUI=<tree> python benchmarks/server.py (--models FOLDER | --random-weights FOLDER | --demo)
      [--size 1024 512 2048] [--batch 1 2 4 8] [--precision bf16 fp8 int4-fp8 int4] [--split sequence] [--count 10]
-     [--out FILE]
+     [--ours] [--out FILE]
 Every contestant has a server and a base directory of its own and gets the same prompts, every timed one new to it.
 Per size and batch: one prompt warms it up and is held against the host's fp32 picture (gate.py); only a right picture
 is followed by timed prompts. The first size and batch also give the first picture after the start and a full queue.
@@ -58,6 +58,7 @@ def main() -> None:
             arguments.demo, arguments.precision or PRECISIONS[device],
             formats(plan) if arguments.stock_formats else {}, arguments.split,
         )  # fmt: skip
+        entries = [entry for entry in entries if entry.name.startswith(OURS) or not arguments.ours]
         try:
             report = asyncio.run(run(plan, entries, weight_files.kind(arguments), nvidia, arguments.out))
         except LauncherError as error:
@@ -80,6 +81,7 @@ def parse(words: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--split", nargs="*", default=[], metavar="HOW", help="ours on all GPUs too: auto, images or sequence"
     )
+    parser.add_argument("--ours", action="store_true", help="leave out the stock nodes")
     parser.add_argument("--count", type=int, default=10, help="timed prompts; for a batch of n an n-th, at least 3")
     parser.add_argument("--queue", type=int, default=12, help="prompts posted at once")
     parser.add_argument("--out", type=Path, help="JSON file to write")

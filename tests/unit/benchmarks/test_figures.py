@@ -113,6 +113,14 @@ def test_speed_of_the_server(pack, page, gpu):
 
 
 @pytest.mark.parametrize("page", ["README.md", "README.zh.md"])
+def test_the_first_start(pack, page):
+    report = json.loads((pack / "benchmarks" / "results" / "server_first_start_h100.json").read_text(encoding="utf-8"))
+    (entry,) = report["contestants"]
+    (line,) = (line for line in paragraphs(pack / page) if "server_first_start_h100.json" in line)
+    assert entry["rows"][0]["gate"] and entry["compiled"] and f" {entry['first_image_s']:.0f} s" in line
+
+
+@pytest.mark.parametrize("page", ["README.md", "README.zh.md"])
 def test_memory(pack, page):
     results, text = pack / "benchmarks" / "results", (pack / page).read_text(encoding="utf-8")
     for cap in (8, 6):

@@ -53,7 +53,13 @@ def problem(kind: str, name: str) -> str | None:
     if name in options(kind):
         return None
     place = f"models/{KINDS[kind]}"
-    present = ", ".join(options(kind)[:8])
+    if name.lower().endswith(".gguf"):
+        return (
+            f"{kind} '{name}' is a GGUF file, which this loader does not read. Load it by a node made for GGUF and "
+            f"connect that here in the loader's place, or put {OFFICIAL[kind]} into {place}."
+        )
+    every = options(kind)
+    present = ", ".join(every[:8]) + (f" … ({len(every)} in all)" if len(every) > 8 else "")
     return (
         f"{kind} '{name}' is not in {place}. Put the file there and press R in the editor, "
         f"or choose one of: {present}. 'auto' takes {OFFICIAL[kind]} or the built-in demo."
@@ -74,6 +80,18 @@ def resolve(diffusion_model: str, text_encoder: str, vae: str) -> Parts:
     if folder is not None:
         chosen["diffusion_model"] = AUTO
     return Parts(**{kind: _path(kind, name, folder) for kind, name in chosen.items()})
+
+
+def remark(diffusion_model: str) -> str | None:
+    """What to tell of a choice that means the demo though it does not say so."""
+    if diffusion_model != AUTO or _folder(AUTO) != DEMO_FOLDER:
+        return None
+    found = [*sorted(_diffusers_folders()), *folder_paths.get_filename_list(KINDS["diffusion_model"])]
+    said = f"the built-in demo draws, since there is no {OFFICIAL['diffusion_model']}"
+    if not found:
+        return f"{said} in models/{KINDS['diffusion_model']}"
+    named = ", ".join(found[:4]) + (" …" if len(found) > 4 else "")
+    return f"{said}: 'auto' does not know what the others are. If one is a Z-Image-Turbo, choose it by name: {named}"
 
 
 def _folder(diffusion_model: str) -> Path | None:

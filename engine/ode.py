@@ -42,9 +42,11 @@ def sigmas(steps: int = NFE, denoise: float = 1.0, shift: float = SHIFT) -> torc
 
     Evenly spaced training timesteps t, each shifted: sigma = shift · t / (1 + (shift - 1) · t); the official schedule
     of Z-Image-Turbo at 8 steps and shift 3. ``denoise`` below 1 keeps the number of steps and starts later on the curve
-    of steps / denoise steps. denoise 0 gives an empty schedule.
+    of steps / denoise steps. denoise 0 gives an empty schedule. Raises ValueError for a denoise outside 0 to 1, as NaN.
     """
-    if denoise <= 0.0:
+    if not 0.0 <= denoise <= 1.0:
+        raise ValueError(f"denoise is {denoise}. Use a number from 0 to 1.")
+    if denoise == 0.0:
         return torch.zeros(0)
     total = steps if denoise > 0.9999 else int(steps / denoise)
     places = [TRAINING_STEPS - int(step * TRAINING_STEPS / total) for step in range(total)]

@@ -70,7 +70,14 @@ def encode_all(
     clip, prompts: Sequence[str], spans: str = ONE_CONTEXT, zh_weight: float = 1.0
 ) -> list[tuple[list, Report]]:
     """What `encode` gives for each prompt; all are read before any is encoded, so that ranks can share them out."""
-    wanted, reports = zip(*(_read(clip, prompt, spans, zh_weight) for prompt in prompts), strict=True)
+    read = []
+    for number, prompt in enumerate(prompts, 1):
+        try:
+            read.append(_read(clip, prompt, spans, zh_weight))
+        except ValueError as error:
+            place = f"prompt {number} of {len(prompts)}: " if len(prompts) > 1 else ""
+            raise ValueError(f"{place}{error}") from error
+    wanted, reports = zip(*read, strict=True)
     texts = [each for parts in wanted for part in parts for each in part]
     encoded = iter(text.encode_tokens(clip, texts))
     joined = [

@@ -15,6 +15,7 @@ from .model import LATENT_SCALE, NATIVE_SIZE
 from .turbo import TurboNextDiT
 
 SIZE_STEP = 16
+FULL_SIZE = 1024  # that official models were trained at
 
 
 def sampler(
@@ -43,12 +44,25 @@ def sampler(
     return comfy.samplers.KSAMPLER(run)
 
 
+def size_remark(model, latent: dict) -> str | None:
+    """What to tell of a picture far from the sizes that a small model, as the demo is one, was trained on."""
+    native = model.get_attachment(NATIVE_SIZE) or FULL_SIZE
+    height, width = (side * LATENT_SCALE for side in latent["samples"].shape[-2:])
+    least, most = native * 3 // 4, native * 3 // 2
+    if native >= FULL_SIZE or least <= min(height, width) <= max(height, width) <= most:
+        return None
+    return (
+        f"This model was trained on pictures of {least} to {most} pixels a side. At {width} × {height} it draws little "
+        "of what the prompt says."
+    )
+
+
 def empty_latent(model, width: int, height: int, batch_size: int) -> dict:
     """Zeros [batch, 16, height / 8, width / 8]; a side of 0 is the size that the model was trained at.
 
     Raises ValueError for a side that is not a multiple of 16 pixels.
     """
-    native = model.get_attachment(NATIVE_SIZE) or 1024
+    native = model.get_attachment(NATIVE_SIZE) or FULL_SIZE
     sides = {"width": width or native, "height": height or native}
     for name, side in sides.items():
         if side % SIZE_STEP:

@@ -2,7 +2,7 @@
 
 from comfy_api.latest import io
 
-from ..engine import catalogue, devices, encodings, multi
+from ..engine import catalogue, devices, encodings, multi, progress
 from ..engine.loading import load
 from ..engine.model import ATTENTIONS, PRECISIONS
 from . import parts, spreading
@@ -86,4 +86,6 @@ class ZImageTurboLoader(io.ComfyNode):
             multi.attach(models[0], models[2], many)
             encodings.attach(models[1], many, files.text_encoder)
             many.begin()
+        if remark := catalogue.remark(diffusion_model):
+            progress.tell(remark)
         return io.NodeOutput(*models)

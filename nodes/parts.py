@@ -12,7 +12,7 @@ def inputs() -> list[io.Combo.Input]:
             options=catalogue.options("diffusion_model"),
             default=catalogue.AUTO,
             tooltip="A file in models/diffusion_models, a Z-Image folder in models/diffusers, or the demo. "
-            "'auto': z_image_turbo_bf16.safetensors, else a Z-Image folder, else the demo.",
+            "'auto': z_image_turbo_bf16.safetensors, else a folder with 'turbo' in its name, else the demo.",
         ),
         io.Combo.Input(
             "text_encoder",

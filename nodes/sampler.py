@@ -95,4 +95,5 @@ class ZImageTurboSampler(io.ComfyNode):
         positive, latent = sampling.starting_point(model, positive, width, height, batch_size, latent_image)
         levels = ode.sigmas(steps, denoise)
         latent, reports = sampling.sample_and_report(model, positive, latent, seed, levels, **solving)
-        return io.NodeOutput(latent, ode.as_json(reports), ui=ui.PreviewText("\n\n".join(map(str, reports))))
+        shown = filter(None, (*map(str, reports), sampling.size_remark(model, latent)))
+        return io.NodeOutput(latent, ode.as_json(reports), ui=ui.PreviewText("\n\n".join(shown)))

@@ -46,6 +46,8 @@ class ZImageTurboSaveImage(io.ComfyNode):
     @classmethod
     def execute(cls, images, filename_prefix, report=None) -> io.NodeOutput:
         pictures.check(images)
+        if "\0" in filename_prefix:
+            raise ValueError(f"filename_prefix is {filename_prefix!r}, and no file has U+0000 in its name. Delete it.")
         _, height, width, _ = images.shape
         progress = comfy.utils.ProgressBar(len(images))
         try:

@@ -105,3 +105,18 @@ def test_a_replaced_file_changes_the_fingerprint(models):
     before = catalogue.resolve("auto", "auto", "auto").fingerprint()
     (models / "vae" / "ae.safetensors").write_bytes(b"another")
     assert catalogue.resolve("auto", "auto", "auto").fingerprint() != before
+
+
+def test_a_demo_that_nobody_chose_is_told_of(models):
+    assert "the built-in demo draws" in catalogue.remark("auto") and catalogue.remark("demo") is None
+    put(models, "diffusion_models/z_image_bf16.safetensors")
+    assert "choose it by name: z_image_bf16.safetensors" in catalogue.remark("auto")
+    put(models, "diffusion_models/z_image_turbo_bf16.safetensors")
+    folder_paths.filename_list_cache.clear()
+    assert catalogue.remark("auto") is None
+
+
+def test_what_cannot_be_chosen_says_why(models):
+    put(models, *(f"vae/{number}.safetensors" for number in range(12)))
+    assert "… (13 in all)" in catalogue.problem("vae", "nope.safetensors")
+    assert "does not read" in catalogue.problem("diffusion_model", "model.GGUF")

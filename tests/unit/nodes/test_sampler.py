@@ -110,7 +110,7 @@ def test_the_stock_sampler_gives_the_same(demo, positive, solver, monkeypatch):
     theirs = custom.SamplerCustomAdvanced.execute(custom.Noise_RandomNoise(5), guider, sampler, levels, latent)[0]
     ours, _, on_node = draw(demo[0], positive, solver=solver, tolerance=0.1)
     assert torch.equal(theirs["samples"], ours)
-    assert shown == [on_node, on_node]  # on the stock node, then on ours
+    assert shown == [on_node.partition("\n\nThis model was trained")[0]] * 2  # on the stock node, then on ours
 
 
 @each_solver
@@ -243,3 +243,14 @@ def test_values_of_older_workflows_keep_their_places(node):
     inputs = node.define_schema().inputs
     assert [part.id for part in inputs[-2:]] == ["solver", "tolerance"]
     assert all(part.optional for part in inputs[-2:])
+
+
+def test_a_size_that_the_demo_does_not_know_is_told_of(demo, positive):
+    assert "trained on pictures of 192 to 384 pixels a side. At 64 × 64" in draw(demo[0], positive)[2]
+    assert "trained on" not in draw(demo[0], positive, width=192, height=256)[2]
+
+
+@pytest.mark.parametrize("denoise", [float("nan"), -0.5, 1.5])
+def test_a_denoise_that_is_none_is_refused(denoise):
+    with pytest.raises(ValueError, match=r"denoise is .*Use a number from 0 to 1"):
+        ode.sigmas(8, denoise)

@@ -116,3 +116,8 @@ def test_a_folder_outside_is_refused_as_by_the_host(output):
 def test_a_mask_in_place_of_pictures_is_named(output):
     with pytest.raises(ValueError, match=r"images has the shape \[2, 48, 32\]"):
         ours(batch(2)[..., 0], "a")
+
+
+def test_a_name_that_no_file_can_have_is_refused(output):
+    with pytest.raises(ValueError, match=r"filename_prefix is .* Delete it"):
+        ours(batch(), "a\0b")

@@ -63,3 +63,10 @@ def test_what_it_shows_stands_on_the_node(demo, monkeypatch):
     monkeypatch.setattr(progress, "show", told.append)
     _, shown = encode(demo, "[ZH]红[/zh]")
     assert told == [shown] and "[ZH] is read as [zh]" in shown
+
+
+def test_an_error_names_the_prompt_of_several(demo):
+    with pytest.raises(ValueError, match=r"^prompt 2 of 3: text has the control character U\+0007 at position 6"):
+        encode(demo, "a red circle\na blue\x07 square\na green star", one_per_line=True)
+    with pytest.raises(ValueError, match=r"^text has the control character"):
+        encode(demo, "a blue\x07 square", one_per_line=True)

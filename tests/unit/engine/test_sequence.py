@@ -128,7 +128,7 @@ def in_bf16(linear):
 def test_queries_are_projected_apart_only_from_a_weight_as_it_lies(change):
     linear, y = together.odd_module().layers[0].attention.qkv, torch.randn(1, 3, 320)
     assert forward.splits(linear, y)
-    some = forward.project_some(linear, slice(320, 960), y, {})
+    some = forward.project_some(linear, slice(320, 960), y)
     assert torch.allclose(some, linear(y)[..., 320:], atol=1e-6)
     change(linear)
     assert not forward.splits(linear, y)

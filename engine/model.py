@@ -74,9 +74,10 @@ def load_model(
     dtype = FLOATS.get(precision) or _preferred_dtype(config, checkpoint.weights, load_device)
     compute_dtype = management.unet_manual_cast(dtype, load_device) or dtype
     check_attention(attention, load_device, compute_dtype)
-    heads = config.unet_config["n_heads"], config.unet_config["dim"] // config.unet_config["n_heads"]
+    heads, width = config.unet_config["n_heads"], config.unet_config["dim"]
     allowed = turbo.FP8_ERROR if _rounds_to_fp8(precision, config, load_device) else 0.0
-    measured.foresee_attention(attention, load_device, compute_dtype, *heads, allowed)  # while weights are read
+    # it compiles while weights are read
+    measured.foresee_attention(attention, load_device, compute_dtype, heads, width // heads, allowed)
     if precision in quantiser.FORMS:
         if not formats.is_stored_as(checkpoint, quantiser.FORMS[precision]):
             checkpoint = quantiser.quantised(checkpoint, precision, load_device)

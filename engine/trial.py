@@ -1,4 +1,4 @@
-"""Attention on random heads of a picture's size, by any backend, as the forward calls it."""
+"""Attention on random heads of a picture's size, by any backend, as the forward calls it: to compile and to measure."""
 
 import contextlib
 import contextvars
@@ -21,6 +21,8 @@ TOKENS = 64 * 65
 
 
 class Trial:
+    """request: what backends are chosen by; dtype: of q, k and v."""
+
     def __init__(self, device: torch.device, dtype: torch.dtype, heads: int, head_dim: int):
         self.request = AttentionRequest(
             device=device, dtype=dtype, batch=1, heads=heads, tokens=TOKENS, keys=TOKENS, head_dim=head_dim
@@ -55,7 +57,7 @@ class Trial:
         try:
             rehearse(call_all, (), self.request.device)
         except Exception as error:
-            logging.debug("Z-Image-Turbo: kernels of attention were not compiled side by side: %s", error)
+            logging.info("Z-Image-Turbo: kernels of attention were not compiled side by side: %s", error)
 
 
 @functools.cache

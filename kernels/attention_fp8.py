@@ -1,9 +1,9 @@
 """Attention whose queries, keys and values are FP8 codes with the scales that `heads` describes: by a kernel's name.
 
 A kernel is a function (q, k, v, lengths, out, row_scales, factor) of such pairs, v's transposed, codes contiguous, with
-lengths [B] or None as in `attention` (`ATTENTION.refusals` knows which kernel takes none). It
-writes softmax(q kᵀ / sqrt(D)) v into out [B, H, S, D], which lies by tokens in memory: in 16 bit, or with
-row_scales [B S, 1] as FP8 codes of `factor` times that.
+lengths [B] or None as in `attention` (`ATTENTION.refusals` knows which kernel takes none). It writes
+softmax(q kᵀ / sqrt(D)) v into out [B, H, S, D], which lies by tokens in memory: in 16 bit, or with row_scales [B S, 1]
+as FP8 codes of `factor` times that.
 """
 
 import torch

@@ -116,11 +116,12 @@ def test_nan_stays_visible_where_it_belongs():
     assert out[0, 1, :, 3].isnan().all()
 
 
-@requires_hopper
 def test_lengths_are_refused():
-    q, k, v = arguments((1, 2, 300, 500))
+    """Before anything is launched, so on any machine."""
+    v = normal(1, 2, 70, 128, device="cpu")
+    codes = heads.quantise_heads(v, backend="torch")
     with pytest.raises(ValueError, match="takes no lengths; take triton-fp8"):
-        attention_fp8.attention_of_codes("hopper-fp8", q, k, v, torch.tensor([7], device="cuda"))
+        attention_fp8.attention_of_codes("hopper-fp8", codes, codes, v, torch.tensor([7]))
 
 
 @pytest.mark.parametrize(("dtype", "quantise"), [("bf16", False), ("fp16", False), ("fp8e4nv", True)])

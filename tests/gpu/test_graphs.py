@@ -38,8 +38,8 @@ def test_replay_is_what_would_be_computed(file, precision):
     x = torch.randn(1, 16, 32, 32, device="cuda", dtype=dtype)
     context, time = positive(5)[0][0].to("cuda", dtype), torch.tensor([0.6], device="cuda")
     replayed = module._forward(x, time, context, 40, transformer_options={"uuids": ["one"]})
-    compute = module.compute(x)
-    caption = forward.refine_caption(module, context, forward.Compute(dtype))
+    compute, exact = module.compute(x), module.compute(context, exact=True)
+    caption = forward.refine_caption(module, context, exact)
     table = forward.rotation_table(module, caption.shape[1], 16, 16, x.device)
     assert torch.equal(replayed, forward.denoise(module, compute, x, time, caption, table))
 

@@ -1,4 +1,4 @@
-"""``install.py`` without a command: looks at the machine and at the ComfyUI around the pack.
+"""``install.py`` without a command: looks at the machine and at the ComfyUI around the pack, or the one it set up.
 
 It installs nothing and uses no network. A PROBLEM row means the pack cannot work as things are; a note is only worth
 knowing (without model files, for instance, the demo checkpoint still draws).
@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from . import comfyui, environment, machine, models, pyproject, python_probe
-from .home import Home
+from .home import Home, venv_program
 from .machine import GIB, Nvidia
 from .python_probe import Facts
 from .report import LauncherError
@@ -22,12 +22,13 @@ LOW_DISK = 10 * GIB
 def check(home: Home) -> int:
     """Print the table and return the exit code: 1 if a row is a PROBLEM, else 0."""
     tree = comfyui.around(home.pack)
+    own = tree is None and environment.is_finished(home)
+    python = venv_program(home.venv, "python") if own else Path(sys.executable)
     nvidia = machine.nvidia()
     rows = [
-        Row(OK, "Python", f"{platform.python_version()} ({sys.executable})"),
-        torch_row(tree, nvidia),
-        host_row(home.pack, tree),
-        packages_row(home.pack, tree),
+        Row(OK, "Python", f"{platform.python_version()} ({python})"),
+        torch_row(python, own or tree is not None, nvidia),
+        *(own_rows(home) if own else (host_row(home.pack, tree), packages_row(home.pack, tree))),
         *gpu_rows(nvidia),
         *memory_rows(machine.memory()),
         disk_row(home.pack, machine.free_disk(home.pack)),
@@ -40,16 +41,16 @@ def check(home: Home) -> int:
     return 1 if problems else 0
 
 
-def torch_row(tree: Path | None, nvidia: Nvidia | None) -> Row:
+def torch_row(python: Path, used: bool, nvidia: Nvidia | None) -> Row:
     try:
-        facts = python_probe.ask(Path(sys.executable))
+        facts = python_probe.ask(python)
     except LauncherError as error:
         return Row(PROBLEM, "torch", error.reason, error.remedy)
-    return judge_torch(facts, inside_comfyui=tree is not None, nvidia=nvidia)
+    return judge_torch(facts, used, nvidia)
 
 
-def judge_torch(facts: Facts, inside_comfyui: bool, nvidia: Nvidia | None) -> Row:
-    """Make the torch row. Outside a ComfyUI a finding is only a note: the set-up brings a torch of its own."""
+def judge_torch(facts: Facts, used: bool, nvidia: Nvidia | None) -> Row:
+    """Make the torch row. used: by a ComfyUI; else a finding is only a note: the set-up brings a torch of its own."""
     found = f"{facts.torch}, {facts.build}"
     if facts.torch is None:
         found = facts.torch_error or "not installed in this Python"
@@ -62,7 +63,7 @@ def judge_torch(facts: Facts, inside_comfyui: bool, nvidia: Nvidia | None) -> Ro
         remedy = f"install a driver for CUDA {facts.cuda}, or check CUDA_VISIBLE_DEVICES"
     else:
         return Row(OK, "torch", found)
-    return Row(PROBLEM, "torch", found, remedy) if inside_comfyui else Row(NOTE, "torch", found)
+    return Row(PROBLEM, "torch", found, remedy) if used else Row(NOTE, "torch", found)
 
 
 def host_row(pack: Path, tree: Path | None) -> Row:
@@ -78,6 +79,12 @@ def host_row(pack: Path, tree: Path | None) -> Row:
     except LauncherError as error:
         return Row(PROBLEM, "ComfyUI", error.reason, "update this ComfyUI")
     return Row(OK, "ComfyUI", f"{found} in {tree} (needed: {comfyui.required(pack)})")
+
+
+def own_rows(home: Home) -> list[Row]:
+    """Of what ``install.py run`` or ``start`` set up; they complete it where the pack has changed since."""
+    found = f"{comfyui.version(home.comfyui)} in {home.comfyui}, set up by install.py"
+    return [Row(OK, "ComfyUI", found), Row(OK, "Packages", f"installed in {home.venv}")]
 
 
 def packages_row(pack: Path, tree: Path | None) -> Row:

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from . import machine, pyproject, python_probe, stamp, versions
-from .comfyui import Host
+from .comfyui import Host, is_tree
 from .home import Home, venv_program
 from .python_probe import INSIDE, Facts
 from .report import Step
@@ -68,6 +68,12 @@ def create(home: Home, step: Step) -> Path:
 
 def packages_stamp(home: Home) -> Path:
     return home.venv / "zimage-packages.json"
+
+
+def is_finished(home: Home) -> bool:
+    """Whether a set-up for this Python was brought to its end, with a ComfyUI of its own."""
+    python = venv_program(home.venv, "python")
+    return packages_stamp(home).is_file() and python.is_file() and is_tree(home.comfyui)
 
 
 def install_packages(home: Home, host: Host, python: Path, has_nvidia_driver: bool, step: Step) -> None:

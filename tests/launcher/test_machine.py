@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from zimage_turbo.launcher import check, machine, models, start
+from zimage_turbo.launcher import check, environment, machine, models, start
+from zimage_turbo.launcher.home import Home, venv_program
 from zimage_turbo.launcher.machine import GIB, MIB, Gpu, Nvidia
 from zimage_turbo.launcher.python_probe import Device, Facts
 from zimage_turbo.launcher.report import LauncherError
@@ -40,7 +41,7 @@ def test_meminfo():
 
 
 @pytest.mark.parametrize(
-    ("found", "inside", "nvidia", "mark"),
+    ("found", "used", "nvidia", "mark"),
     [
         (facts(cuda="13.0", devices=(Device("H100", 1, 1),)), True, DRIVER, OK),
         (facts(torch="2.13.0+cpu"), True, None, OK),
@@ -52,8 +53,8 @@ def test_meminfo():
         (facts(torch=None, torch_error="ImportError: broken"), True, None, PROBLEM),
     ],
 )
-def test_torch_row(found, inside, nvidia, mark):
-    row = check.judge_torch(found, inside, nvidia)
+def test_torch_row(found, used, nvidia, mark):
+    row = check.judge_torch(found, used, nvidia)
     assert row.mark == mark
     assert (row.remedy != "") == (mark == PROBLEM)
 
@@ -134,12 +135,33 @@ def test_comfyui_that_is_too_old(pack, tmp_path):
     assert "version 0.3.75, this pack needs >=0.30.0" in row.found
 
 
-def test_check_outside_a_comfyui_says_what_to_do(tmp_path, pack):
+@pytest.fixture
+def outside(tmp_path, pack):
+    """A copy of what install.py consists of, outside of any ComfyUI."""
     copied = tmp_path / "pack"
     copied.mkdir()
     for name in ("install.py", "pyproject.toml"):
         shutil.copy(pack / name, copied / name)
     shutil.copytree(pack / "launcher", copied / "launcher")
-    answer = run_check(copied / "install.py")
+    return copied / "install.py"
+
+
+def test_check_outside_a_comfyui_says_what_to_do(outside):
+    answer = run_check(outside)
     assert "does not lie in a ComfyUI's custom_nodes folder" in answer.stdout
     assert "python install.py run" in answer.stdout
+
+
+def test_check_looks_at_what_was_set_up(outside, comfyui):
+    home = Home.of(outside.parent, {})
+    home.comfyui.mkdir(parents=True)
+    for name in ("main.py", "comfyui_version.py"):
+        shutil.copy(comfyui / name, home.comfyui / name)
+    python = venv_program(home.venv, "python")
+    python.parent.mkdir(parents=True)
+    python.symlink_to(sys.executable)
+    assert "custom_nodes" in run_check(outside).stdout  # packages are not there yet
+    environment.packages_stamp(home).write_text("{}")
+    answer = run_check(outside)
+    assert "custom_nodes" not in answer.stdout and str(python) in answer.stdout
+    assert f"{home.comfyui}, set up by install.py" in answer.stdout and f"installed in {home.venv}" in answer.stdout

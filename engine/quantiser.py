@@ -8,7 +8,7 @@ import comfy.utils
 import torch
 
 from ..kernels import fp8, int4
-from . import formats, layouts, progress
+from . import formats, layouts, progress, staging
 from .checkpoint import Checkpoint
 from .operations import MARKER, mark
 
@@ -36,10 +36,9 @@ def quantised(
     progress.tell(
         f"quantising {len(names)} weights of {checkpoint.label} to {form.removeprefix('zimage_')} on {device}"
     )
-    for name in names:
+    for name, weight in staging.taken(weights, names, device):
         management.throw_exception_if_processing_interrupted()
-        layer = name.removesuffix(".weight")
-        made = parts(layer, weights.pop(name).to(device), form)
+        made = parts(name.removesuffix(".weight"), weight, form)
         weights |= {key: value.cpu() for key, value in made.items()}
         bar.update(1)
     progress.tell(f"quantised {checkpoint.label} in {time.monotonic() - start:.1f} s")

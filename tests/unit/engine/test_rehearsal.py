@@ -15,16 +15,22 @@ CUDA = torch.device("cuda:0")
 
 
 class Kernel:
-    """Stands for a JITFunction: what it was asked to compile, and on which thread."""
+    """Stands for a JITFunction and what it compiles: what it was asked for, on which threads, and which it launches."""
 
     def __init__(self, error: Exception | None = None):
-        self.asked, self.threads, self.error = [], [], error
+        self.asked, self.threads, self.launchers, self.error = [], [], [], error
 
-    def preload(self, data: str) -> None:
+    def preload(self, data: str) -> "Kernel":
         self.asked.append(data)
         self.threads.append(threading.current_thread().name)
         if self.error:
             raise self.error
+        return self
+
+    @property
+    def run(self):
+        self.launchers.append(threading.current_thread().name)
+        return print
 
 
 @pytest.fixture(autouse=True)
@@ -57,7 +63,8 @@ def test_kernels_are_compiled_on_threads_before_the_function_is_called_in_earnes
     before = hooks.jit_cache_hook
     result = rehearsal.rehearsed(function, CUDA)(torch.zeros(1))
     assert left_out == [[True, True, True], [False, False, False]]
-    assert sorted(kernel.asked) == ["16", "8"] and all(name.startswith("compile") for name in kernel.threads)
+    assert sorted(kernel.asked) == ["16", "8"] and len(kernel.launchers) == 2
+    assert all(name.startswith("compile") for name in kernel.threads + kernel.launchers)
     assert result.item() == 2 and hooks.jit_cache_hook is before
 
 
@@ -102,6 +109,13 @@ def test_who_was_asked_before_is_asked_first(hooks):
     kernel = Kernel()
     rehearsal.rehearsed(lambda: launch(hooks, kernel), CUDA)()
     assert asked == ["8", "8"] and not kernel.asked
+
+
+def test_a_kernel_that_another_hook_leaves_out_has_no_launcher(hooks, monkeypatch):
+    monkeypatch.setattr(Kernel, "preload", lambda self, data: self.asked.append(data))
+    kernel = Kernel()
+    rehearsal.rehearsed(lambda: launch(hooks, kernel), CUDA)()
+    assert kernel.asked == ["8"] and not kernel.launchers
 
 
 def test_errors_come_up_and_leave_nothing_behind(hooks):

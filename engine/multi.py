@@ -85,6 +85,14 @@ class Spread:
         files = (self.diffusion_model, self.vae)
         return ";".join((self.precision, self.attention, *map(cache_file.source_of, files)))
 
+    @property
+    def remark(self) -> str | None:
+        """What to tell of ranks that have no GPU."""
+        if self.setup.devices[0] != devices.CPU:
+            return None
+        count = len(self.setup.devices)
+        return f"there is no GPU: {count} processes share the processor, to try multi-gpu out; it is no faster"
+
     def begin(self) -> None:
         """Have the ranks start while other nodes work."""
         current.begin(self.setup, self)

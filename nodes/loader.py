@@ -86,6 +86,7 @@ class ZImageTurboLoader(io.ComfyNode):
             multi.attach(models[0], models[2], many)
             encodings.attach(models[1], many, files.text_encoder)
             many.begin()
-        if remark := catalogue.remark(diffusion_model):
-            progress.tell(remark)
+        remarks = [catalogue.remark(diffusion_model), many and many.remark]
+        if said := "; ".join(filter(None, remarks)):
+            progress.tell(said)
         return io.NodeOutput(*models)

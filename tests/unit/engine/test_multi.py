@@ -52,6 +52,12 @@ def spread():
         return ZImageTurboLoader.execute("demo", "auto", "auto", "auto", "multi-gpu").args
 
 
+def test_processes_without_a_gpu_are_told_of(spread, monkeypatch):
+    assert multi.spread_of(spread[0]).remark.startswith("there is no GPU: 2 processes share the processor")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert multi.Spread(Setup(devices.ranks(0)), Path(), Path(), "auto", "auto", "auto").remark is None
+
+
 def drawn(model, positive, **changes):
     settings = {"seed": 5, "steps": STEPS, "denoise": 1.0, "width": SIDE, "height": SIDE, "batch_size": 1} | changes
     return ZImageTurboSampler.execute(model, positive, **settings)

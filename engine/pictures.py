@@ -9,6 +9,24 @@ import torch
 
 from . import png
 
+LONGEST_NAME = 255  # bytes, of a file or folder on the usual file systems
+ADDED = len("._00001_.png.part")  # while it is written
+
+
+def name_problem(prefix: str) -> str | None:
+    """Why no picture can be written under names that begin so, as far as the prefix alone tells."""
+    if "\0" in prefix:
+        return f"filename_prefix is {prefix!r}, and no file has U+0000 in its name. Delete it."
+    *folders, name = (len(part.encode("utf-8", "surrogatepass")) for part in prefix.replace("\\", "/").split("/"))
+    most = LONGEST_NAME - ADDED
+    if name > most or max(folders, default=0) > LONGEST_NAME:
+        shown = prefix if len(prefix) <= 60 else f"{prefix[:50]}…"
+        return (
+            f"filename_prefix is '{shown}', of {len(prefix)} characters: a file's name may take {most} bytes before "
+            f"its number, a folder's {LONGEST_NAME}. Shorten it."
+        )
+    return None
+
 
 def check(images: torch.Tensor) -> None:
     """Raises ValueError if that is no IMAGE of at least one picture."""

@@ -47,7 +47,7 @@ def run_prompt(server: Server, python: Path, prompt: Prompt) -> dict[str, Any]:
     server.check_alive("while it ran the workflow")
     if not ending or ending["event"] in ("accepted", "running", "step", "cached"):
         raise LauncherError("the client that follows the prompt died", "report this", complaint)
-    raise failure(ending, prompt)
+    raise failure(ending, prompt, server.log)
 
 
 def show(event: dict[str, Any], progress: Progress) -> None:
@@ -60,20 +60,16 @@ def show(event: dict[str, Any], progress: Progress) -> None:
         progress.cached(event["nodes"])
 
 
-def failure(ending: dict[str, Any], prompt: Prompt) -> LauncherError:
-    """Word the last event of a prompt that did not finish."""
+def failure(ending: dict[str, Any], prompt: Prompt, log: Path) -> LauncherError:
+    """Word the last event of a prompt that did not finish. log: of the server, with the traceback of an error."""
     kind = ending["event"]
     if kind == "rejected":
         return LauncherError(
             f"ComfyUI refused the workflow (HTTP {ending['status']})", EDIT, refusal(ending["body"], prompt)
         )
     if kind == "error":
-        name = name_of(ending["node_id"], prompt)
-        return LauncherError(
-            f"{name} failed: {ending['exception_message'].strip()}",
-            EDIT,
-            "".join(ending.get("traceback", [])).rstrip(),
-        )
+        reason = f"{name_of(ending['node_id'], prompt)} failed: {ending['exception_message'].strip()}"
+        return LauncherError(reason, f"{EDIT}; where in the code it failed is in {log}")
     if kind == "interrupted":
         return LauncherError("the workflow was cancelled", "run it again")
     return LauncherError(f"the connection to ComfyUI was lost: {ending['reason']}", "run it again")
@@ -86,8 +82,9 @@ def refusal(body: str, prompt: Prompt) -> str:
         error = answer["error"]
     except (ValueError, KeyError, TypeError):  # not ComfyUI's own answer, for instance from a proxy
         return body
-    lines = [" ".join(filter(None, [error.get("message"), error.get("details")]))]
-    for key, problem in (answer.get("node_errors") or {}).items():
+    nodes = answer.get("node_errors") or {}
+    lines = [" ".join(filter(None, [error.get("message"), "" if nodes else error.get("details")]))]
+    for key, problem in nodes.items():
         lines += [f"{name_of(key, prompt)}: {item['message']}: {item['details']}" for item in problem["errors"]]
     return "\n".join(lines)
 

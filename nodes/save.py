@@ -44,10 +44,15 @@ class ZImageTurboSaveImage(io.ComfyNode):
         )
 
     @classmethod
+    def validate_inputs(cls, filename_prefix):
+        """Before anything is drawn; a linked one, None here, is known only when the graph runs."""
+        return pictures.name_problem(filename_prefix or "") or True
+
+    @classmethod
     def execute(cls, images, filename_prefix, report=None) -> io.NodeOutput:
         pictures.check(images)
-        if "\0" in filename_prefix:
-            raise ValueError(f"filename_prefix is {filename_prefix!r}, and no file has U+0000 in its name. Delete it.")
+        if problem := pictures.name_problem(filename_prefix):
+            raise ValueError(problem)
         _, height, width, _ = images.shape
         progress = comfy.utils.ProgressBar(len(images))
         try:

@@ -2,6 +2,7 @@
 
 import io
 import json
+from pathlib import Path
 
 from zimage_turbo.launcher import queueing
 from zimage_turbo.launcher.inside import client
@@ -11,6 +12,7 @@ PROMPT = {
     "1": {"class_type": "Loader", "inputs": {}, "_meta": {"title": "Load"}},
     "2": {"class_type": "KSampler", "inputs": {}},
 }
+LOG = Path("logs") / "run.log"
 
 
 class Terminal(io.StringIO):
@@ -79,7 +81,7 @@ def test_refused_prompt_lists_each_node_s_errors():
             "node_errors": {"2": {"errors": [{"message": "Value not in list", "details": "sampler_name: 'nope'"}]}},
         }
     )
-    text = queueing.failure({"event": "rejected", "status": 400, "body": body}, PROMPT).render()
+    text = queueing.failure({"event": "rejected", "status": 400, "body": body}, PROMPT, LOG).render()
     assert "refused the workflow (HTTP 400)" in text
     assert "| Prompt outputs failed\n" in text
     assert "| node 2 (KSampler): Value not in list: sampler_name: 'nope'" in text
@@ -89,13 +91,13 @@ def test_answer_that_is_not_comfyui_s_is_shown_as_it_is():
     assert queueing.refusal("<html>bad gateway</html>", PROMPT) == "<html>bad gateway</html>"
 
 
-def test_failed_node_is_named_with_message_and_traceback():
+def test_failed_node_is_named_with_message_and_where_to_look():
     ending = {"event": "error", "node_id": "1", "exception_message": "no such file\n", "traceback": ["  File x\n"]}
-    error = queueing.failure(ending, PROMPT)
+    error = queueing.failure(ending, PROMPT, LOG)
     assert error.reason == "node 1 (Load) failed: no such file"
-    assert error.details == "  File x"
+    assert str(LOG) in error.remedy and not error.details
 
 
 def test_cancelled_and_lost():
-    assert "cancelled" in queueing.failure({"event": "interrupted"}, PROMPT).reason
-    assert "lost: gone" in queueing.failure({"event": "lost", "reason": "gone"}, PROMPT).reason
+    assert "cancelled" in queueing.failure({"event": "interrupted"}, PROMPT, LOG).reason
+    assert "lost: gone" in queueing.failure({"event": "lost", "reason": "gone"}, PROMPT, LOG).reason

@@ -101,9 +101,20 @@ def test_a_folder_that_cannot_be_written_is_named(output):
         ours(batch(1), "taken/a")
 
 
-def test_a_name_that_is_too_long_is_named(output):
-    with pytest.raises(OSError, match=r"filename_prefix is 'xxx.*File name too long.*another prefix"):
-        ours(batch(1), "x" * 300)
+@pytest.mark.parametrize("fits", ["x" * 238, "f" * 255 + "/" + "图" * 79])
+def test_the_longest_names(output, fits):
+    assert ZImageTurboSaveImage.validate_inputs(filename_prefix=fits) is True
+    ours(batch(1), fits)
+    (name,) = written(output)
+    assert name == f"{fits}_00001_.png"
+
+
+@pytest.mark.parametrize("long", ["x" * 239, "f" * 256 + "/a", "图" * 80])
+def test_a_name_that_is_too_long_is_told_of_before_anything_is_drawn(output, long):
+    problem = ZImageTurboSaveImage.validate_inputs(filename_prefix=long)
+    assert problem.startswith(f"filename_prefix is '{long[:50]}…', of {len(long)} characters")
+    with pytest.raises(ValueError, match="Shorten it"):
+        ours(batch(1), long)
     assert list(output.iterdir()) == []
 
 
@@ -119,5 +130,7 @@ def test_a_mask_in_place_of_pictures_is_named(output):
 
 
 def test_a_name_that_no_file_can_have_is_refused(output):
+    assert "U+0000" in ZImageTurboSaveImage.validate_inputs(filename_prefix="a\0b")
+    assert ZImageTurboSaveImage.validate_inputs(filename_prefix=None) is True  # linked
     with pytest.raises(ValueError, match=r"filename_prefix is .* Delete it"):
         ours(batch(), "a\0b")

@@ -6,6 +6,8 @@ four FP8 codes in 32 bits. Each block's product starts anew and is added up in f
 other groups multiply.
 """
 
+import math
+
 import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -21,7 +23,6 @@ from .heads import BLOCK
 from .hopper_tiles_triton import (
     GROUPS,
     KEYS,
-    LOG2_E,
     REGISTERS,
     ROWS,
     WIDTH,
@@ -311,6 +312,6 @@ def launch(q, k, v, lengths, out, row_scales, factor):
             own_rows = v_scales if row_scales is None else row_scales[image * queries :]
             _attention_kernel[(programs,)](
                 *tensors, q_scales, k_scales, v_scales, own_rows, *q_scales.stride(), *k_scales.stride(),
-                queries, keys, heads, tiles, programs, width**-0.5 * LOG2_E, factor,
+                queries, keys, heads, tiles, programs, width**-0.5 * math.log2(math.e), factor,
                 QUANTISE=row_scales is not None, num_warps=4,
             )  # fmt: skip

@@ -5,6 +5,8 @@ multiprocessor of Hopper, so that one's softmax runs beside another's products. 
 finite.
 """
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -132,7 +134,7 @@ def launch(q, k, v, lengths, out, row_scales, factor):
             q, TensorDescriptor(k, [batch * heads * keys, width], [width, 1], [BLOCK, width]),
             TensorDescriptor(v, [batch * heads * width, padded], [padded, 1], [width, BLOCK]),
             out, row_scales, q_scales, k_scales, v_scales, lengths,
-            width**-0.5 * 1.4426950408889634, factor, heads, tokens, keys,
+            width**-0.5 * math.log2(math.e), factor, heads, tokens, keys,
             *q.stride()[:3], *q_scales.stride()[1:], *k_scales.stride()[1:], *out.stride()[:3],
             LENGTHS=lengths is not None, QUANTISE=row_scales is not None, SHIFT=SHIFT, ROUNDED=ROUNDED,
             COMPUTE=compute, EXACT_FROM=exact_from(capability(q.device)), BLOCK=BLOCK, WIDTH=width,

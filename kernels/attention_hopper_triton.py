@@ -10,6 +10,8 @@ Tiles of a head are neighbours, so that its keys stay in the L2 cache. The last 
 comes first: its mask is outside of the loop.
 """
 
+import math
+
 import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -23,7 +25,6 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from .hopper_tiles_triton import (
     GROUPS,
     KEYS,
-    LOG2_E,
     REGISTERS,
     ROWS,
     WIDTH,
@@ -164,7 +165,7 @@ def attention(q, k, v, lengths, out=None):
             rows = (ROWS.value, KEYS.value, KEYS.value, ROWS.value)
             tensors = (described(_matrix(x), (number, width)) for x, number in zip(image, rows, strict=True))
             _attention_kernel[(programs,)](
-                *tensors, tokens, k.shape[2], heads, tiles, programs, width**-0.5 * LOG2_E, num_warps=4
+                *tensors, tokens, k.shape[2], heads, tiles, programs, width**-0.5 * math.log2(math.e), num_warps=4
             )
     return out
 

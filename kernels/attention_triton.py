@@ -4,6 +4,8 @@ One program holds BLOCK_M queries of a head and goes over the keys BLOCK_N at a 
 base 2, with a running maximum. Only the last keys are masked, outside the main loop.
 """
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -95,7 +97,7 @@ def attention(q, k, v, lengths, blocks=None, out=None):
     block_m, block_n, warps, stages = blocks or blocks_for(capability, width)
     with torch.cuda.device_of(q):
         _attention_kernel[(triton.cdiv(tokens, block_m), batch * heads)](
-            q, k, v, out, lengths, width**-0.5 * 1.4426950408889634, heads, tokens, k.shape[2],
+            q, k, v, out, lengths, width**-0.5 * math.log2(math.e), heads, tokens, k.shape[2],
             *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3],
             LENGTHS=lengths is not None, COMPUTE=compute,
             BLOCK_M=block_m, BLOCK_N=block_n, WIDTH=width, num_warps=warps, num_stages=stages,

@@ -25,7 +25,6 @@ WIDTH = gl.constexpr(128)  # channels of a head
 GROUPS = gl.constexpr(3)  # of warps that multiply
 ROWS = gl.constexpr(64)  # queries of a group
 KEYS = gl.constexpr(128)  # of a block
-LOG2_E = 1.4426950408889634
 REGISTERS = gl.constexpr((160, 160, 24))  # of a thread: in groups two and three, in what loads; group one has the rest
 
 

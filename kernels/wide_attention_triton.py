@@ -1,12 +1,13 @@
 """The softmax of `wide_attention` in Triton, one program a row; both products are torch's."""
 
+import math
+
 import torch
 import triton
 import triton.language as tl
 
 from .wide_attention import in_runs
 
-LOG2_E = 1.4426950408889634
 BLOCK = 16384  # scores held at once: a whole row at 1024x1024; longer rows are read twice
 
 
@@ -48,7 +49,7 @@ def weights_of(scores, dtype, factor):
     block = min(triton.next_power_of_2(keys), BLOCK)
     with torch.cuda.device_of(scores):
         _weights_kernel[(rows,)](
-            scores, weights, sums, keys, factor * LOG2_E,
+            scores, weights, sums, keys, factor * math.log2(math.e),
             WHOLE=keys <= block, BLOCK=block, num_warps=min(max(block // 1024, 1), 16),
         )  # fmt: skip
     return weights, sums

@@ -91,7 +91,7 @@ class Spread:
         if self.setup.devices[0] != devices.CPU:
             return None
         count = len(self.setup.devices)
-        return f"there is no GPU: {count} processes share the processor, to try multi-gpu out; it is no faster"
+        return f"multi-gpu finds no GPU that it can use: to try it out, ranks on the processor ({count})"
 
     def begin(self) -> None:
         """Have the ranks start while other nodes work."""

@@ -1,6 +1,7 @@
 """From IMAGE to PNG files: a batch at once, each file whole or not there."""
 
 import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -9,22 +10,27 @@ import torch
 
 from . import png
 
-LONGEST_NAME = 255  # bytes, of a file or folder on the usual file systems
-ADDED = len("._00001_.png.part")  # while it is written
+LONGEST_NAME = 255  # of a file or folder on the usual file systems, in bytes, on Windows in UTF-16 units
+LONGEST_FILE = LONGEST_NAME - len("._00001_.png.part")  # of which it has the rest while it is written
+PLACEHOLDER = re.compile("%[^%]*%")
 
 
 def name_problem(prefix: str) -> str | None:
-    """Why no picture can be written under names that begin so, as far as the prefix alone tells."""
+    """Why no picture can be written under names that begin so, as far as the prefix tells without its placeholders."""
     if "\0" in prefix:
         return f"filename_prefix is {prefix!r}, and no file has U+0000 in its name. Delete it."
-    *folders, name = (len(part.encode("utf-8", "surrogatepass")) for part in prefix.replace("\\", "/").split("/"))
-    most = LONGEST_NAME - ADDED
-    if name > most or max(folders, default=0) > LONGEST_NAME:
-        shown = prefix if len(prefix) <= 60 else f"{prefix[:50]}…"
-        return (
-            f"filename_prefix is '{shown}', of {len(prefix)} characters: a file's name may take {most} bytes before "
-            f"its number, a folder's {LONGEST_NAME}. Shorten it."
-        )
+    *folders, file = os.path.normpath(PLACEHOLDER.sub("", prefix)).split(os.sep)
+    unit = "UTF-16 units" if os.name == "nt" else "bytes"
+    for kind, name, most in (*(("folder", folder, LONGEST_NAME) for folder in folders), ("file", file, LONGEST_FILE)):
+        try:
+            size = len(name.encode("utf-16-le")) // 2 if os.name == "nt" else len(name.encode())
+        except UnicodeEncodeError:
+            return f"filename_prefix is {prefix!r}, and {name!r} holds half a character. Write it anew."
+        if size > most:
+            return (
+                f"filename_prefix names a {kind} '{name[:50]}…' of {size} {unit}, without a number; at most {most} can "
+                "be saved. Shorten it."
+            )
     return None
 
 

@@ -1,9 +1,9 @@
 """Compiling the kernels of a function side by side: Triton by itself compiles each where it is first launched.
 
 A rehearsal calls the function without the launches of our kernels that are not compiled yet. Threads compile these
-meanwhile (nine tenths of that is LLVM and ptxas, which run beside Python), and then the function is called in earnest.
-The results of the rehearsal are garbage that nobody sees; all else in the function must depend on shapes and types
-alone, as it does in whatever a CUDA graph can capture.
+meanwhile (nine tenths of that is LLVM and ptxas, which run beside Python), and after it what launches them; then the
+function is called in earnest. The results of the rehearsal are garbage that nobody sees; all else in the function must
+depend on shapes and types alone, as it does in whatever a CUDA graph can capture.
 """
 
 import contextvars
@@ -46,12 +46,23 @@ class Rehearsal:
             self.compiled[data] = self.threads.submit(context.run, self._compile, fn.jit_function, data)
         return True
 
-    def _compile(self, function: Any, data: str) -> Callable[..., None] | None:
-        """What launches the kernel; None if another hook left it out. Up to version 3.6 Triton has it written in C and
-        compiled when it is first asked for: half a second for each kernel, on the thread that launches."""
+    def _compile(self, function: Any, data: str) -> Any | None:
+        """The kernel; None if another hook left it out."""
         with torch.cuda.device(self.device):  # the current one belongs to a thread
-            kernel = function.preload(data)
-            return kernel and kernel.run
+            return function.preload(data)
+
+    def finish(self) -> None:
+        """Wait until all are compiled and have their launchers. Raises what compiling raised.
+
+        Up to version 3.6 Triton has a launcher written in C and compiled where it is first asked for: half a second for
+        each kernel. Only now, as a kernel that is there may be launched while the function is called.
+        """
+        kernels = [each.result() for each in self.compiled.values()]
+        list(self.threads.map(self._ready, filter(None, kernels)))
+
+    def _ready(self, kernel: Any) -> Callable[..., None]:
+        with torch.cuda.device(self.device):
+            return kernel.run
 
 
 def rehearsed(
@@ -82,5 +93,4 @@ def rehearse(function: Callable[..., object], inputs: Sequence[torch.Tensor], de
             function(*inputs)
         finally:
             triton.runtime.jit_cache_hook = before
-    for compiled in rehearsal.compiled.values():
-        compiled.result()
+        rehearsal.finish()

@@ -21,17 +21,21 @@ def taken(
         for name in names:
             yield name, weights.pop(name).to(device)
         return
-    most, pinned = max(weights[name].nbytes for name in names), management.MAX_PINNED_MEMORY > 0
-    buffer = torch.empty(most, dtype=torch.uint8, pin_memory=pinned)
+    buffer = torch.empty(max(weights[name].nbytes for name in names), dtype=torch.uint8)
+    pinned = management.pin_memory(buffer)  # by the host, which counts it; without, transfers are slower
 
     def read(weight: torch.Tensor) -> torch.Tensor:
         with torch.inference_mode():  # which the buffer may come from; it holds for one thread
             return buffer[: weight.nbytes].view(weight.dtype).view(weight.shape).copy_(weight)
 
-    with ThreadPoolExecutor(1, "reader") as reader:
-        coming = reader.submit(read, weights.pop(names[0]))
-        for name, after in itertools.zip_longest(names, names[1:]):
-            there = coming.result().to(device)  # returns when the buffer is free
-            if after is not None:
-                coming = reader.submit(read, weights.pop(after))
-            yield name, there
+    try:
+        with ThreadPoolExecutor(1, "reader") as reader:
+            coming = reader.submit(read, weights.pop(names[0]))
+            for name, after in itertools.zip_longest(names, names[1:]):
+                there = coming.result().to(device)  # returns when the buffer is free
+                if after is not None:
+                    coming = reader.submit(read, weights.pop(after))
+                yield name, there
+    finally:
+        if pinned:
+            management.unpin_memory(buffer)

@@ -4,6 +4,7 @@ It installs nothing and uses no network. A PROBLEM row means the pack cannot wor
 knowing (without model files, for instance, the demo checkpoint still draws).
 """
 
+import dataclasses
 import platform
 import sys
 from pathlib import Path
@@ -22,13 +23,18 @@ LOW_DISK = 10 * GIB
 def check(home: Home) -> int:
     """Print the table and return the exit code: 1 if a row is a PROBLEM, else 0."""
     tree = comfyui.around(home.pack)
-    own = tree is None and environment.is_finished(home)
-    python = venv_program(home.venv, "python") if own else Path(sys.executable)
     nvidia = machine.nvidia()
+    if tree is None and environment.is_finished(home):
+        programs = own_rows(home, nvidia)
+    else:
+        programs = [
+            torch_row(Path(sys.executable), tree is not None, nvidia),
+            host_row(home.pack, tree),
+            packages_row(home.pack, tree),
+        ]
     rows = [
-        Row(OK, "Python", f"{platform.python_version()} ({python})"),
-        torch_row(python, own or tree is not None, nvidia),
-        *(own_rows(home) if own else (host_row(home.pack, tree), packages_row(home.pack, tree))),
+        Row(OK, "Python", f"{platform.python_version()} ({sys.executable})"),
+        *programs,
         *gpu_rows(nvidia),
         *memory_rows(machine.memory()),
         disk_row(home.pack, machine.free_disk(home.pack)),
@@ -81,10 +87,15 @@ def host_row(pack: Path, tree: Path | None) -> Row:
     return Row(OK, "ComfyUI", f"{found} in {tree} (needed: {comfyui.required(pack)})")
 
 
-def own_rows(home: Home) -> list[Row]:
-    """Of what ``install.py run`` or ``start`` set up; they complete it where the pack has changed since."""
-    found = f"{comfyui.version(home.comfyui)} in {home.comfyui}, set up by install.py"
-    return [Row(OK, "ComfyUI", found), Row(OK, "Packages", f"installed in {home.venv}")]
+def own_rows(home: Home, nvidia: Nvidia | None) -> list[Row]:
+    """Of what ``install.py run`` or ``start`` set up; they mend what does not fit any more."""
+    rows = [
+        torch_row(venv_program(home.venv, "python"), True, nvidia),
+        host_row(home.pack, home.comfyui),
+        Row(OK, "Set up", f"by install.py in {home.runtime}"),
+    ]
+    remedy = f"run 'python install.py run'; if that does not help, delete {home.runtime} except for base/models before"
+    return [dataclasses.replace(row, remedy=remedy) if row.mark == PROBLEM else row for row in rows]
 
 
 def packages_row(pack: Path, tree: Path | None) -> Row:

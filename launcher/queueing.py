@@ -37,6 +37,9 @@ def run_prompt(server: Server, python: Path, prompt: Prompt) -> dict[str, Any]:
         for line in client.stdout:
             ending = json.loads(line)
             show(ending, progress)
+            if ending["event"] == "left_out":
+                for problem in node_problems(json.loads(ending["body"]), prompt):
+                    print(f"  Left out by ComfyUI: {problem}")
         complaint = client.stderr.read()
     finally:
         client.kill()
@@ -45,7 +48,7 @@ def run_prompt(server: Server, python: Path, prompt: Prompt) -> dict[str, Any]:
     if ending.get("event") == "finished":
         return ending["outputs"]
     server.check_alive("while it ran the workflow")
-    if not ending or ending["event"] in ("accepted", "running", "step", "cached"):
+    if not ending or ending["event"] in ("accepted", "left_out", "running", "step", "cached"):
         raise LauncherError("the client that follows the prompt died", "report this", complaint)
     raise failure(ending, prompt, server.log)
 
@@ -79,14 +82,20 @@ def refusal(body: str, prompt: Prompt) -> str:
     """Make readable lines of the answer to a refused prompt: the error, then each node's own errors."""
     try:
         answer = json.loads(body)
-        error = answer["error"]
-    except (ValueError, KeyError, TypeError):  # not ComfyUI's own answer, for instance from a proxy
+        error, problems = answer["error"], node_problems(answer, prompt)
+        lines = [" ".join(filter(None, [error.get("message"), "" if problems else error.get("details")]))]
+    except (ValueError, KeyError, AttributeError, TypeError):  # not ComfyUI's own answer, for instance from a proxy
         return body
-    nodes = answer.get("node_errors") or {}
-    lines = [" ".join(filter(None, [error.get("message"), "" if nodes else error.get("details")]))]
-    for key, problem in nodes.items():
-        lines += [f"{name_of(key, prompt)}: {item['message']}: {item['details']}" for item in problem["errors"]]
-    return "\n".join(lines)
+    return "\n".join([*lines, *problems])
+
+
+def node_problems(answer: dict[str, Any], prompt: Prompt) -> list[str]:
+    """A line for each error of a node in ComfyUI's answer to a prompt."""
+    return [
+        f"{name_of(key, prompt)}: {item['message']}: {item['details']}"
+        for key, node in (answer.get("node_errors") or {}).items()
+        for item in node["errors"]
+    ]
 
 
 def name_of(key: str, prompt: Prompt) -> str:

@@ -64,8 +64,8 @@ class ZImageTurboLoader(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, diffusion_model):
-        if diffusion_model is None:  # linked: known only when the graph runs
+    def validate_inputs(cls, diffusion_model=None):
+        if diffusion_model is None:  # linked, and known only when the graph runs, or missing
             return True
         return catalogue.problem("diffusion_model", diffusion_model) or True
 

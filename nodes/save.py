@@ -44,9 +44,9 @@ class ZImageTurboSaveImage(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, filename_prefix):
-        """Before anything is drawn; a linked one, None here, is known only when the graph runs."""
-        return pictures.name_problem(filename_prefix or "") or True
+    def validate_inputs(cls, filename_prefix=None):
+        """Before anything is drawn; None if it is linked, and known only when the graph runs, or missing."""
+        return filename_prefix is None or pictures.name_problem(filename_prefix) or True
 
     @classmethod
     def execute(cls, images, filename_prefix, report=None) -> io.NodeOutput:

@@ -79,8 +79,11 @@ async def run(url, prompt):
             if answer.status != 200:
                 emit("rejected", status=answer.status, body=body)
                 return
-        prompt_id = json.loads(body)["prompt_id"]
+        accepted = json.loads(body)
+        prompt_id = accepted["prompt_id"]
         emit("accepted", prompt_id=prompt_id)
+        if accepted.get("node_errors"):  # of outputs that are not drawn, while another one is
+            emit("left_out", body=body)
         ending, data = await follow(socket, prompt_id)
         if ending == "finished":
             emit("finished", outputs=await outputs_of(session, url, prompt_id))

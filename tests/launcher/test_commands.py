@@ -18,6 +18,7 @@ from zimage_turbo.launcher.report import LauncherError
 
 START_SECONDS = 120
 LOAD_SECONDS = 60_000
+LOG = Path("logs") / "run.log"
 BLANK = {
     "1": {
         "class_type": "EmptyImage",
@@ -117,7 +118,7 @@ def test_address_opens_the_default_workflow_on_the_first_visit(editor, pack):
 
 def run_prompt(editor, prompt):
     return queueing.run_prompt(
-        SimpleNamespace(url=editor.url, check_alive=lambda when: None), Path(sys.executable), prompt
+        SimpleNamespace(url=editor.url, check_alive=lambda when: None, log=LOG), Path(sys.executable), prompt
     )
 
 
@@ -138,7 +139,14 @@ def test_real_failure_names_the_node(editor):
     outside = {**BLANK, "2": {**BLANK["2"], "inputs": {"images": ["1", 0], "filename_prefix": "../../outside"}}}
     with pytest.raises(LauncherError, match=r"node 2 \(SaveImage\) failed: .*outside the output folder") as caught:
         run_prompt(editor, outside)
-    assert "in save_images" in caught.value.details
+    assert str(LOG) in caught.value.remedy and not caught.value.details
+
+
+def test_an_output_that_is_left_out_is_told_of(editor, capsys):
+    wrong = {"class_type": "ZImageTurboSaveImage", "inputs": {"images": ["1", 0], "filename_prefix": "x" * 300}}
+    outputs = run_prompt(editor, {**BLANK, "3": wrong})
+    assert list(outputs) == ["2"]
+    assert "Left out by ComfyUI: node 3 (ZImageTurboSaveImage): " in capsys.readouterr().out
 
 
 def test_run_draws_while_the_editor_is_open(editor, user_tree, environ, pack, tmp_path):

@@ -157,11 +157,17 @@ def test_check_looks_at_what_was_set_up(outside, comfyui):
     home.comfyui.mkdir(parents=True)
     for name in ("main.py", "comfyui_version.py"):
         shutil.copy(comfyui / name, home.comfyui / name)
+    version = home.comfyui / "comfyui_version.py"
     python = venv_program(home.venv, "python")
     python.parent.mkdir(parents=True)
     python.symlink_to(sys.executable)
     assert "custom_nodes" in run_check(outside).stdout  # packages are not there yet
     environment.packages_stamp(home).write_text("{}")
     answer = run_check(outside)
-    assert "custom_nodes" not in answer.stdout and str(python) in answer.stdout
-    assert f"{home.comfyui}, set up by install.py" in answer.stdout and f"installed in {home.venv}" in answer.stdout
+    assert "custom_nodes" not in answer.stdout and f"by install.py in {home.runtime}" in answer.stdout
+    assert f" in {home.comfyui} (needed: " in answer.stdout
+    for content in ('__version__ = "0.3.1"', ""):
+        version.write_text(content)
+        answer = run_check(outside)
+        assert answer.returncode == 1 and "PROBLEM  ComfyUI" in answer.stdout
+        assert "-> run 'python install.py run'; if that does not help, delete" in answer.stdout

@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 
 import folder_paths
 import numpy as np
@@ -101,20 +102,37 @@ def test_a_folder_that_cannot_be_written_is_named(output):
         ours(batch(1), "taken/a")
 
 
-@pytest.mark.parametrize("fits", ["x" * 238, "f" * 255 + "/" + "图" * 79])
-def test_the_longest_names(output, fits):
-    assert ZImageTurboSaveImage.validate_inputs(filename_prefix=fits) is True
-    ours(batch(1), fits)
-    (name,) = written(output)
-    assert name == f"{fits}_00001_.png"
+@pytest.mark.parametrize(
+    ("prefix", "name"),
+    [
+        ("x" * 238, "x" * 238),
+        ("f" * 255 + "/" + "图" * 79, "f" * 255 + "/" + "图" * 79),
+        ("a" * 230 + "%batch_num%" * 4, "a" * 230 + "0000"),  # longer than what is written
+        ("f" * 300 + "/../b/", "b"),
+    ],
+)
+def test_the_longest_names(output, prefix, name):
+    assert ZImageTurboSaveImage.validate_inputs(filename_prefix=prefix) is True
+    ours(batch(1), prefix)
+    (file,) = written(output)
+    assert file == f"{name}_00001_.png"
 
 
-@pytest.mark.parametrize("long", ["x" * 239, "f" * 256 + "/a", "图" * 80])
-def test_a_name_that_is_too_long_is_told_of_before_anything_is_drawn(output, long):
-    problem = ZImageTurboSaveImage.validate_inputs(filename_prefix=long)
-    assert problem.startswith(f"filename_prefix is '{long[:50]}…', of {len(long)} characters")
-    with pytest.raises(ValueError, match="Shorten it"):
-        ours(batch(1), long)
+@pytest.mark.parametrize(
+    ("prefix", "said"),
+    [
+        ("x" * 239, f"names a file '{'x' * 50}…' of 239 bytes, without a number; at most 238"),
+        ("f" * 256 + "/a", f"names a folder '{'f' * 50}…' of 256 bytes, without a number; at most 255"),
+        ("图" * 80, "of 240 bytes, without a number; at most 238"),
+        ("f" * 250 + "/", "names a file"),
+        ("a" * 230 + "\\" + "b" * 20, "names a file"),
+        ("ok/\ud800", "holds half a character"),
+    ],
+)
+def test_a_name_that_cannot_be_saved_is_told_of_before_anything_is_drawn(output, prefix, said):
+    assert said in ZImageTurboSaveImage.validate_inputs(filename_prefix=prefix)
+    with pytest.raises(ValueError, match=re.escape(said)):
+        ours(batch(1), prefix)
     assert list(output.iterdir()) == []
 
 
@@ -132,5 +150,6 @@ def test_a_mask_in_place_of_pictures_is_named(output):
 def test_a_name_that_no_file_can_have_is_refused(output):
     assert "U+0000" in ZImageTurboSaveImage.validate_inputs(filename_prefix="a\0b")
     assert ZImageTurboSaveImage.validate_inputs(filename_prefix=None) is True  # linked
+    assert ZImageTurboSaveImage.validate_inputs() is True  # missing, which the host tells of
     with pytest.raises(ValueError, match=r"filename_prefix is .* Delete it"):
         ours(batch(), "a\0b")

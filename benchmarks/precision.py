@@ -32,6 +32,7 @@ REFERENCE = ("fp32", "sdpa")
 EXACT_AND_FP8 = ("hopper", "cudnn", "hopper-fp8", "triton-fp8")
 QUANTISED_ATTENTION = [(precision, name) for precision in ("fp8", "int4-fp8") for name in EXACT_AND_FP8]
 MOST_LOST = 2.0  # points of the items' rate
+SPAWN = multiprocessing.get_context("spawn")  # a process that forks from one with a CUDA context has none
 
 
 def main() -> None:
@@ -64,8 +65,8 @@ def int4_losses(rows: list[dict]) -> dict[str, float]:
 
 
 def measure(arguments: argparse.Namespace) -> dict:
-    """The distance of every choice as it is drawn; the scores of all at the end, by one set of processes."""
-    from zimage_turbo.demo.evaluate import score, summarise
+    """The distance of every choice when it is drawn, its scores when it is judged; others are drawn meanwhile."""
+    from zimage_turbo.demo.evaluate import judge_one, summarise, to_bytes
     from zimage_turbo.demo.prompts import SETS
     from zimage_turbo.engine.model import ATTENTIONS, PRECISIONS
 
@@ -73,22 +74,32 @@ def measure(arguments: argparse.Namespace) -> dict:
     report = {**conditions(), "prompts": arguments.count, "rows": []}
     choices = [REFERENCE, *((precision, "auto") for precision in PRECISIONS[1:])]
     choices += [("bf16", attention) for attention in ATTENTIONS[1:]] + QUANTISED_ATTENTION
-    drawn = []
-    for row, pictures in drawings(choices, prompts, arguments.drawing):
-        report["rows"].append(row)
-        if pictures is not None:
-            drawn.append((row, pictures))
-            row["psnr_db"] = psnr(pictures, drawn[0][1])
-        print(json.dumps(row), flush=True)
-        arguments.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    every = [picture for _, pictures in drawn for picture in pictures]
-    _, verdicts = score(lambda *_: every, prompts * len(drawn), arguments.processes)
-    for index, (row, _) in enumerate(drawn):
-        row["scores"] = summarise(verdicts[index * len(prompts) : (index + 1) * len(prompts)])
+    reference, judging = None, []
+
+    def settle(row: dict, verdicts: list[concurrent.futures.Future]) -> None:
+        row["scores"] = summarise([each.result() for each in verdicts])
         rates = ", ".join(f"{name} {100 * value['rate']:.1f} %" for name, value in row["scores"].items())
         how = f"{row['precision']:<10}{row['attention']:<14}{row['backend'] or 'the host':<14}"
         print(f"{how}{row['psnr_db'] or 'equal':>8} dB  {rates}", flush=True)
-    arguments.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+
+    def write() -> None:
+        arguments.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+
+    with concurrent.futures.ProcessPoolExecutor(arguments.processes, SPAWN) as judges:
+        for row, pictures in drawings(choices, prompts, arguments.drawing):
+            report["rows"].append(row)
+            if pictures is not None:
+                reference = reference or pictures
+                row["psnr_db"] = psnr(pictures, reference)
+                jobs = zip(map(to_bytes, pictures), prompts, strict=True)
+                judging.append((row, [judges.submit(judge_one, *job) for job in jobs]))
+            print(json.dumps(row), flush=True)
+            while judging and all(each.done() for each in judging[0][1]):
+                settle(*judging.pop(0))
+            write()
+        for row, verdicts in judging:
+            settle(row, verdicts)
+            write()
     return report
 
 
@@ -96,10 +107,9 @@ def drawings(choices: list[tuple[str, str]], prompts: list, processes: int) -> I
     """In the order of the choices, the row of each and its pictures; None for what the device cannot run."""
     import torch
 
-    spawn = multiprocessing.get_context("spawn")  # a process that forks from one with a CUDA context has none
     with (
         tempfile.TemporaryDirectory() as folder,
-        concurrent.futures.ProcessPoolExecutor(processes, spawn, host.enter, (host.tree(), [])) as pool,
+        concurrent.futures.ProcessPoolExecutor(processes, SPAWN, host.enter, (host.tree(), [])) as pool,
     ):
         files = [Path(folder) / f"{number}.pt" for number in range(len(choices))]
         rows = pool.map(draw, choices, [prompts] * len(choices), files)

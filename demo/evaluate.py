@@ -60,9 +60,9 @@ def summarise(verdicts: list[Verdict]) -> dict:
     }
 
 
-def _judge_one(job: tuple[np.ndarray, Prompt]) -> Verdict:
+def judge_one(picture: np.ndarray, prompt: Prompt) -> Verdict:
+    """picture: as `to_bytes` makes it. For a process of its own: from then on it has one thread."""
     torch.set_num_threads(1)
-    picture, prompt = job
     return judge(torch.from_numpy(picture).float() / 255, prompt.said)
 
 
@@ -72,10 +72,10 @@ def score(draw_pictures: Draw, prompts: list[Prompt], processes: int = 1) -> tup
     pictures = draw_pictures([prompt.text for prompt in prompts], [prompt.seed for prompt in prompts], sizes)
     jobs = [(to_bytes(picture), prompt) for picture, prompt in zip(pictures, prompts, strict=True)]
     if processes == 1:
-        verdicts = [_judge_one(job) for job in jobs]
+        verdicts = [judge_one(*job) for job in jobs]
     else:
         with get_context("spawn").Pool(processes) as pool:
-            verdicts = pool.map(_judge_one, jobs, chunksize=8)
+            verdicts = pool.starmap(judge_one, jobs, chunksize=8)
     return summarise(verdicts), verdicts
 
 

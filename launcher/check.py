@@ -4,7 +4,6 @@ It installs nothing and uses no network. A PROBLEM row means the pack cannot wor
 knowing (without model files, for instance, the demo checkpoint still draws).
 """
 
-import dataclasses
 import platform
 import sys
 from pathlib import Path
@@ -47,23 +46,24 @@ def check(home: Home) -> int:
     return 1 if problems else 0
 
 
-def torch_row(python: Path, used: bool, nvidia: Nvidia | None) -> Row:
+def torch_row(python: Path, used: bool, nvidia: Nvidia | None, mend: str = "") -> Row:
     try:
         facts = python_probe.ask(python)
     except LauncherError as error:
-        return Row(PROBLEM, "torch", error.reason, error.remedy)
-    return judge_torch(facts, used, nvidia)
+        return Row(PROBLEM, "torch", error.reason, mend or error.remedy)
+    return judge_torch(facts, used, nvidia, mend)
 
 
-def judge_torch(facts: Facts, used: bool, nvidia: Nvidia | None) -> Row:
-    """Make the torch row. used: by a ComfyUI; else a finding is only a note: the set-up brings a torch of its own."""
+def judge_torch(facts: Facts, used: bool, nvidia: Nvidia | None, mend: str = "") -> Row:
+    """Make the torch row. used: by a ComfyUI; else a finding is only a note: the set-up brings a torch of its own.
+    mend: what helps where the wrong packages are there, if not what helps a Python of the user's."""
     found = f"{facts.torch}, {facts.build}"
     if facts.torch is None:
         found = facts.torch_error or "not installed in this Python"
-        remedy = "install ComfyUI's requirements with this Python, or use ComfyUI's Python"
+        remedy = mend or "install ComfyUI's requirements with this Python, or use ComfyUI's Python"
     elif nvidia is not None and facts.cuda is None and facts.hip is None:
         found += ", but this machine has an NVIDIA driver"
-        remedy = "install a CUDA build of torch (see PyTorch's installation page)"
+        remedy = mend or "install a CUDA build of torch (see PyTorch's installation page)"
     elif nvidia is not None and not facts.devices:
         found += f", but it sees no GPU (driver {nvidia.driver})"
         remedy = f"install a driver for CUDA {facts.cuda}, or check CUDA_VISIBLE_DEVICES"
@@ -72,7 +72,7 @@ def judge_torch(facts: Facts, used: bool, nvidia: Nvidia | None) -> Row:
     return Row(PROBLEM, "torch", found, remedy) if used else Row(NOTE, "torch", found)
 
 
-def host_row(pack: Path, tree: Path | None) -> Row:
+def host_row(pack: Path, tree: Path | None, mend: str = "update this ComfyUI") -> Row:
     if tree is None:
         return Row(
             NOTE,
@@ -83,19 +83,18 @@ def host_row(pack: Path, tree: Path | None) -> Row:
     try:
         found = comfyui.check_version(pack, tree)
     except LauncherError as error:
-        return Row(PROBLEM, "ComfyUI", error.reason, "update this ComfyUI")
+        return Row(PROBLEM, "ComfyUI", error.reason, mend)
     return Row(OK, "ComfyUI", f"{found} in {tree} (needed: {comfyui.required(pack)})")
 
 
 def own_rows(home: Home, nvidia: Nvidia | None) -> list[Row]:
     """Of what ``install.py run`` or ``start`` set up; they mend what does not fit any more."""
-    rows = [
-        torch_row(venv_program(home.venv, "python"), True, nvidia),
-        host_row(home.pack, home.comfyui),
+    mend = f"run 'python install.py run'; if that does not help, delete {home.runtime} except for base/models before"
+    return [
+        torch_row(venv_program(home.venv, "python"), True, nvidia, mend),
+        host_row(home.pack, home.comfyui, mend),
         Row(OK, "Set up", f"by install.py in {home.runtime}"),
     ]
-    remedy = f"run 'python install.py run'; if that does not help, delete {home.runtime} except for base/models before"
-    return [dataclasses.replace(row, remedy=remedy) if row.mark == PROBLEM else row for row in rows]
 
 
 def packages_row(pack: Path, tree: Path | None) -> Row:

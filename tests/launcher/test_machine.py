@@ -59,6 +59,12 @@ def test_torch_row(found, used, nvidia, mark):
     assert (row.remedy != "") == (mark == PROBLEM)
 
 
+def test_packages_are_mended_by_who_made_them_a_driver_is_not():
+    for wrong in (facts(torch=None), facts(torch="2.13.0+cpu")):
+        assert check.judge_torch(wrong, True, DRIVER, "run it again").remedy == "run it again"
+    assert "install a driver for CUDA 13.0" in check.judge_torch(facts(cuda="13.0"), True, DRIVER, "again").remedy
+
+
 def test_model_files_are_found_in_every_folder_comfyui_searches(tmp_path):
     (tmp_path / "models" / "unet" / "z").mkdir(parents=True)
     (tmp_path / "models" / "unet" / "z" / "z_image_turbo_bf16.safetensors").touch()

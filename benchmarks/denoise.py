@@ -100,7 +100,7 @@ def build(precision: str, rotated: bool = False):
         if form and quantiser.BLOCK_LINEAR.fullmatch(name):
             torch.cuda.synchronize()
             started = time.perf_counter()
-            weights |= quantiser.parts(name.removesuffix(".weight"), weight, form, rotate=rotated or None)
+            weights |= quantiser.parts(name, weight, form, rotate=rotated or None)
             torch.cuda.synchronize()
             seconds += time.perf_counter() - started
         else:

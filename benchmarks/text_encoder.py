@@ -74,7 +74,7 @@ def build(precision: str, sizes: dict, device: str = DEVICE):
         return encoder_of(weights, comfy.ops.manual_cast, sizes), 0.0
     for name in list(weights):
         if quantiser.TEXT_LINEAR.fullmatch(name):
-            weights |= quantiser.parts(name.removesuffix(".weight"), weights.pop(name), layouts.INT4)
+            weights |= quantiser.parts(name, weights.pop(name), layouts.INT4)
     module = encoder_of(weights, operations(torch.bfloat16, layouts.COMPUTE_16), sizes)
     if device == DEVICE:
         torch.cuda.synchronize()

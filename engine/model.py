@@ -76,14 +76,17 @@ def load_model(
     check_attention(attention, load_device, compute_dtype)
     heads, width = config.unet_config["n_heads"], config.unet_config["dim"]
     allowed = turbo.FP8_ERROR if _rounds_to_fp8(precision, config, load_device) else 0.0
+    form = quantiser.FORMS.get(precision)
+    to_quantise = form is not None and not formats.is_stored_as(checkpoint, form)
+    if to_quantise:
+        quantiser.compile_ahead(precision, load_device)
     # it compiles while weights are read
     measured.foresee_attention(attention, load_device, compute_dtype, heads, width // heads, allowed)
-    if precision in quantiser.FORMS:
-        if not formats.is_stored_as(checkpoint, quantiser.FORMS[precision]):
-            checkpoint = quantiser.quantised(checkpoint, precision, load_device)
-            if cache:
-                cache_file.write(checkpoint, path, precision)
-    elif config.quant_config and (precision in FLOATS or formats.storage_only(checkpoint)):
+    if to_quantise:
+        checkpoint = quantiser.quantised(checkpoint, precision, load_device)
+        if cache:
+            cache_file.write(checkpoint, path, precision)
+    elif form is None and config.quant_config and (precision in FLOATS or formats.storage_only(checkpoint)):
         checkpoint = formats.expanded(checkpoint, dtype)
     config.quant_config = comfy.utils.detect_layer_quantization(checkpoint.weights, "")
     if formats.is_ours(checkpoint):

@@ -17,6 +17,12 @@ def mark(form: str, rotated: bool = False) -> torch.Tensor:
     return torch.tensor(list(json.dumps(settings).encode()), dtype=torch.uint8)
 
 
+def _parameter(weight: QuantizedTensor) -> QuantizedTensor:
+    """As torch.nn.Parameter makes one of a tensor of another class, without its `detach`, which copies a part of it."""
+    weight._is_param = True
+    return weight
+
+
 def operations(dtype: torch.dtype, compute: str):
     """Layers as `custom_operations` of the host. dtype: of what is not quantised; compute: how int4 multiplies."""
     layouts.register()
@@ -44,8 +50,7 @@ def operations(dtype: torch.dtype, compute: str):
                     layout, options = layouts.Fp8Layout, ()
                 self.layout_type = layout.__name__
                 params = layout.Params(taken["weight_scale"], dtype, self._orig_shape, *options)
-                weight = QuantizedTensor(taken["weight"], self.layout_type, params)
-                self.weight = torch.nn.Parameter(weight, requires_grad=False)
+                self.weight = _parameter(QuantizedTensor(taken["weight"], self.layout_type, params))
                 torch.nn.Module._load_from_state_dict(self, state_dict, prefix, metadata, strict, missing_keys, *rest)
                 missing_keys[:] = [key for key in missing_keys if key != f"{prefix}weight"]
 

@@ -17,6 +17,7 @@ BLOCK_LINEAR = re.compile(r"(\w+_refiner|layers)\.\d+\.(attention\.(qkv|out)|fee
 # The text encoder's too; its embedding table is looked up, not multiplied with.
 TEXT_LINEAR = re.compile(r"model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)\.weight")
 FORMS = {"fp8": layouts.FP8, "int4": layouts.INT4, "int4-fp8": layouts.INT4}
+SAMPLE = 16, 4096  # of the shape of a weight, for compiling
 WORKSPACE = 2**30  # bytes that quantising one weight takes at most
 
 
@@ -36,17 +37,16 @@ def quantised(
     progress.tell(
         f"quantising {len(names)} weights of {checkpoint.label} to {form.removeprefix('zimage_')} on {device}"
     )
-    for name, weight in staging.taken(weights, names, device):
+    for made in staging.passed(weights, names, device, lambda name, weight: parts(name, weight, form)):
         management.throw_exception_if_processing_interrupted()
-        made = parts(name.removesuffix(".weight"), weight, form)
-        weights |= {key: value.cpu() for key, value in made.items()}
+        weights |= made
         bar.update(1)
     progress.tell(f"quantised {checkpoint.label} in {time.monotonic() - start:.1f} s")
     return checkpoint.replaced(weights)
 
 
-def parts(layer: str, weight: torch.Tensor, form: str, rotate: bool | None = None) -> dict[str, torch.Tensor]:
-    """What stands in a file for one linear weight [N, K], on the weight's device; rotate: as in `int4.quantise`."""
+def parts(name: str, weight: torch.Tensor, form: str, rotate: bool | None = None) -> dict[str, torch.Tensor]:
+    """What stands in a file for the linear weight [N, K] of this name, on its device; rotate: as in `int4.quantise`."""
     if form == layouts.FP8:
         codes, scales = fp8.quantise_weight(weight)
         made = {"weight": codes, "weight_scale": scales, MARKER: mark(form)}
@@ -54,4 +54,11 @@ def parts(layer: str, weight: torch.Tensor, form: str, rotate: bool | None = Non
         packed = int4.quantise(weight, rotate)
         made = {"weight": packed.codes, "weight_scale": packed.scales, "weight_groups": packed.groups}
         made[MARKER] = mark(form, packed.rotated)
-    return {f"{layer}.{name}": part for name, part in made.items()}
+    layer = name.removesuffix("weight")
+    return {layer + kind: part for kind, part in made.items()}
+
+
+def compile_ahead(precision: str, device: torch.device) -> None:
+    """Compile what quantises: beside other kernels, which nobody waits for yet, that takes twice as long."""
+    if device.type == "cuda":
+        parts("weight", torch.randn(*SAMPLE, device=device), FORMS[precision])

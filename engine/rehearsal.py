@@ -9,6 +9,7 @@ depend on shapes and types alone, as it does in whatever a CUDA graph can captur
 import contextvars
 import os
 import threading
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from typing import Any
@@ -57,12 +58,26 @@ class Rehearsal:
         Up to version 3.6 Triton has a launcher written in C and compiled where it is first asked for: half a second for
         each kernel. Only now, as a kernel that is there may be launched while the function is called.
         """
-        kernels = [each.result() for each in self.compiled.values()]
-        list(self.threads.map(self._ready, filter(None, kernels)))
+        alike = defaultdict(list)
+        for kernel in filter(None, [each.result() for each in self.compiled.values()]):
+            alike[_arguments(kernel)].append(kernel)
+        list(self.threads.map(self._ready, alike.values()))
 
-    def _ready(self, kernel: Any) -> Callable[..., None]:
+    def _ready(self, kernels: Sequence[Any]) -> None:
+        """Have the launchers made of kernels that share one, one after the other.
+
+        Side by side each would compile it and put its file in the place of one that is loaded already. The loader goes
+        by a file's number, which some file systems then give to another launcher's file: it would be taken for this.
+        """
         with torch.cuda.device(self.device):
-            return kernel.run
+            for kernel in kernels:
+                kernel.run  # noqa: B018  makes the launcher
+
+
+def _arguments(kernel: Any) -> tuple[str, ...]:
+    """The kinds of a kernel's arguments, which is all that a launcher knows of it: a pointer is a pointer."""
+    kinds = map(str, kernel.src.signature.values())
+    return tuple("*" if kind.startswith("*") else kind for kind in kinds)
 
 
 def rehearsed(

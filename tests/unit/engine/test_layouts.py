@@ -280,7 +280,7 @@ def test_stock_layers_refuse_it(ours):
 @pytest.mark.parametrize("form", FORMS)
 def test_gradients_pass_through(form, bias, shape):
     with torch.inference_mode(False), torch.enable_grad():
-        state = quantiser.parts("layer", torch.randn(96, 256), FORMS[form])
+        state = quantiser.parts("layer.weight", torch.randn(96, 256), FORMS[form])
         if bias:
             state["layer.bias"] = torch.randn(96)
         linear = operations(torch.float32, layouts.COMPUTE_16).Linear(256, 96, bias=bias)

@@ -2,6 +2,7 @@
 
 import contextlib
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
@@ -17,8 +18,9 @@ CUDA = torch.device("cuda:0")
 class Kernel:
     """Stands for a JITFunction and what it compiles: what it was asked for, on which threads, and which it launches."""
 
-    def __init__(self, error: Exception | None = None):
+    def __init__(self, error: Exception | None = None, kinds: tuple[str, ...] = ("*fp32", "i32")):
         self.asked, self.threads, self.launchers, self.error = [], [], [], error
+        self.src = SimpleNamespace(signature=dict(enumerate(kinds)))
 
     def preload(self, data: str) -> "Kernel":
         self.asked.append(data)
@@ -102,6 +104,23 @@ def test_launches_that_are_not_left_out(hooks):
 
     rehearsal.rehearsed(function, CUDA)()
     assert seen == dict.fromkeys(seen, False) and len(seen) == 3
+
+
+def test_a_launcher_that_kernels_share_is_made_once(hooks, monkeypatch):
+    """Those of pointers to other types share one; who takes another number of arguments has one of its own."""
+    shared, other = Kernel(), Kernel(kinds=("*fp32", "i32", "i32"))
+    kernels = [shared, Kernel(kinds=("*bf16", "i32")), Kernel(kinds=("*u8", "i32")), other]
+    made, lock = [], threading.Lock()
+
+    def run(kernel):
+        with lock:
+            made.append((len(kernel.src.signature), threading.get_ident()))
+        time.sleep(0.2)
+
+    monkeypatch.setattr(Kernel, "run", property(run))
+    rehearsal.rehearsed(lambda: [launch(hooks, each, str(place)) for place, each in enumerate(kernels)], CUDA)()
+    threads = [thread for count, thread in made if count == 2]
+    assert len(threads) == 3 and len(set(threads)) == 1 and len(made) == 4
 
 
 def test_who_was_asked_before_is_asked_first(hooks):

@@ -61,7 +61,7 @@ def odd_module(form=None, dtype=None):
         if dtype == torch.float16 and name.endswith("attention.out.weight"):
             weight *= LOUD
         if form and quantiser.BLOCK_LINEAR.fullmatch(name):
-            weights |= quantiser.parts(name.removesuffix(".weight"), weight, quantiser.FORMS[form])
+            weights |= quantiser.parts(name, weight, quantiser.FORMS[form])
         else:
             weights[name] = weight.to(dtype)
     layers = operations(dtype, layouts.COMPUTE_FP8) if form else comfy.ops.manual_cast

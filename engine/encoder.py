@@ -84,14 +84,15 @@ class TurboTextEncoder(Qwen3_4BModel):
         if not self.forwards[FAST]:
             # Weights that are not there would be copied for each rehearsal.
             few = weights is not None and layouts.is_int4(model.layers[0].mlp.down_proj.weight)
-            run = rehearsed(run, device, [self._empty(length, inputs) for length in LENGTHS if few])
+            run = rehearsed(run, device, [self._call(length, inputs) for length in LENGTHS if few])
         self.forwards[FAST] += 1
         return with_room(run, inputs, table)[:, :count]
 
-    def _empty(self, length: int, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """What the layers take of so many tokens, zeros [1, length, D] of the type and device of `like`."""
-        table = qwen.rotation_table(self.transformer.model, length, like.device)
-        return like.new_zeros(1, length, like.shape[2]), table
+    def _call(self, length: int, like: torch.Tensor) -> Callable[[], torch.Tensor]:
+        """Two layers of so many tokens, zeros [1, length, D] of the type and device of `like`."""
+        model = self.transformer.model
+        inputs, table = like.new_zeros(1, length, like.shape[2]), qwen.rotation_table(model, length, like.device)
+        return functools.partial(qwen.run_layers, list(model.layers)[:2], self.compute, inputs, table)
 
     def _pages_depend_on(self, device: torch.device) -> Hashable | None:
         """What keys and values depend on beside tokens and layers; None if pages are not for this device, or if it

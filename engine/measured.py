@@ -21,7 +21,7 @@ from . import forward
 from .graphs import CAPTURING
 from .rehearsal import rehearse
 from .sequence import FORMS, Form, size_class
-from .trial import Trial, compiled
+from .trial import Trial, compiled, compiling
 
 
 @functools.cache
@@ -40,7 +40,7 @@ def attention_backend(
 
     def measure(backend: Backend) -> float:
         try:
-            compiled(device, dtype, heads, head_dim, allowed_error).result()
+            compiled(device, dtype, heads, head_dim, allowed_error)
             seconds = timing(*trial.tensors)(replace(backend, function=trial.function(backend)))
         except Exception as error:  # of a package or GPU that we have not seen: the others can still be taken
             reason = str(error).partition("\n")[0]
@@ -72,7 +72,7 @@ def foresee_attention(
     request, choices = Trial(device, dtype, heads, head_dim).request, read(choices_file())
     ATTENTION.choose("auto", request, allowed_error=allowed_error, measure=asked, choices=choices)
     if unknown:
-        compiled(device, dtype, heads, head_dim, allowed_error)
+        compiling(device, dtype, heads, head_dim, allowed_error)
 
 
 def settle_form(

@@ -80,7 +80,7 @@ def load_model(
     to_quantise = form is not None and not formats.is_stored_as(checkpoint, form)
     if to_quantise:
         quantiser.compile_ahead(precision, load_device)
-    # it compiles while weights are read
+    # they are compiled while weights are read
     measured.foresee_attention(attention, load_device, compute_dtype, heads, width // heads, allowed)
     if to_quantise:
         checkpoint = quantiser.quantised(checkpoint, precision, load_device)

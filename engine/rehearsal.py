@@ -1,17 +1,20 @@
 """Compiling the kernels of a function side by side: Triton by itself compiles each where it is first launched.
 
 A rehearsal calls the function without the launches of our kernels that are not compiled yet. Threads compile these
-meanwhile (nine tenths of that is LLVM and ptxas, which run beside Python), and after it what launches them; then the
-function is called in earnest. The results of the rehearsal are garbage that nobody sees; all else in the function must
-depend on shapes and types alone, as it does in whatever a CUDA graph can capture.
+meanwhile (nine tenths of that is LLVM and ptxas, which run beside Python), and then the function is called in earnest.
+The results of the rehearsal are garbage that nobody sees; all else in the function must depend on shapes and types
+alone, as it does in whatever a CUDA graph can capture.
+
+Threads only compile. Kernels are launched, in a rehearsal too, by the one thread that draws: Triton up to version 3.6
+loads what launches a kernel as a Python module, under one name for all kernels, and two threads that do so at once can
+take each other's.
 """
 
 import contextvars
 import os
 import threading
-from collections import defaultdict
 from collections.abc import Callable, Sequence
-from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -19,7 +22,6 @@ import torch
 from .compiling import KERNELS, knobs
 
 MOST_THREADS = 16
-ONE = threading.RLock()  # of rehearsals at a time: each puts its own hook into Triton, and the one before back
 LENGTHS = (32, 64, 96)  # of padded prompts: each kind of product with INT4 weights, of up to 32, 64 and more rows
 
 
@@ -29,8 +31,9 @@ class Rehearsal:
     before: who was asked until now, whose word counts first.
     """
 
-    def __init__(self, threads: Executor, device: torch.device, before: Callable[..., bool | None] | None = None):
-        self.threads, self.device, self.before = threads, device, before
+    def __init__(self, device: torch.device, before: Callable[..., bool | None] | None = None):
+        self.threads = ThreadPoolExecutor(min(MOST_THREADS, os.cpu_count() or 1), "compile")
+        self.device, self.before = device, before
         self.owner = threading.get_ident()
         self.compiled: dict[str, Future] = {}
 
@@ -47,49 +50,26 @@ class Rehearsal:
             self.compiled[data] = self.threads.submit(context.run, self._compile, fn.jit_function, data)
         return True
 
-    def _compile(self, function: Any, data: str) -> Any | None:
-        """The kernel; None if another hook left it out."""
+    def _compile(self, function: Any, data: str) -> None:
         with torch.cuda.device(self.device):  # the current one belongs to a thread
-            return function.preload(data)
+            function.preload(data)
 
-    def finish(self) -> None:
-        """Wait until all are compiled and have their launchers. Raises what compiling raised.
-
-        Up to version 3.6 Triton has a launcher written in C and compiled where it is first asked for: half a second for
-        each kernel. Only now, as a kernel that is there may be launched while the function is called.
-        """
-        alike = defaultdict(list)
-        for kernel in filter(None, [each.result() for each in self.compiled.values()]):
-            alike[_arguments(kernel)].append(kernel)
-        list(self.threads.map(self._ready, alike.values()))
-
-    def _ready(self, kernels: Sequence[Any]) -> None:
-        """Have the launchers made of kernels that share one, one after the other.
-
-        Side by side each would compile it and put its file in the place of one that is loaded already. The loader goes
-        by a file's number, which some file systems then give to another launcher's file: it would be taken for this.
-        """
-        with torch.cuda.device(self.device):
-            for kernel in kernels:
-                kernel.run  # noqa: B018  makes the launcher
-
-
-def _arguments(kernel: Any) -> tuple[str, ...]:
-    """The kinds of a kernel's arguments, which is all that a launcher knows of it: a pointer is a pointer."""
-    kinds = map(str, kernel.src.signature.values())
-    return tuple("*" if kind.startswith("*") else kind for kind in kinds)
+    def wait(self) -> None:
+        """Until all are compiled. Raises what compiling raised."""
+        for each in self.compiled.values():
+            each.result()
 
 
 def rehearsed(
-    function: Callable[..., torch.Tensor], device: torch.device, others: Sequence[Sequence[object]] = ()
+    function: Callable[..., torch.Tensor], device: torch.device, others: Sequence[Callable[[], object]] = ()
 ) -> Callable[..., torch.Tensor]:
     """`function`, which compiles all that it needs before it does its work, for the first call on a device.
 
-    others: inputs of such calls as may follow, which shall find their kernels. The call raises what compiling raised.
+    others: calls like those that may follow, which shall find their kernels. The call raises what compiling raised.
     """
 
     def run(*inputs: object) -> torch.Tensor:
-        rehearse(lambda: [function(*each) for each in (inputs, *others)], (), device)
+        rehearse(lambda: [function(*inputs), *(call() for call in others)], (), device)
         return function(*inputs)
 
     return run
@@ -98,14 +78,20 @@ def rehearsed(
 def rehearse(function: Callable[..., object], inputs: Sequence[torch.Tensor], device: torch.device) -> None:
     """Compile the kernels that function(*inputs) needs. Does not call it where nothing is to be compiled. Raises what
     compiling raised."""
+    if rehearsal := begun(function, inputs, device):
+        rehearsal.wait()
+
+
+def begun(function: Callable[..., object], inputs: Sequence[torch.Tensor], device: torch.device) -> Rehearsal | None:
+    """As `rehearse`, but without waiting until all are compiled; None where nothing is to be."""
     triton = knobs() if device.type == "cuda" else None
     if triton is None:
-        return
-    with ONE, ThreadPoolExecutor(min(MOST_THREADS, os.cpu_count() or 1), "compile") as threads:
-        before = triton.runtime.jit_cache_hook
-        rehearsal = triton.runtime.jit_cache_hook = Rehearsal(threads, device, before)
-        try:
-            function(*inputs)
-        finally:
-            triton.runtime.jit_cache_hook = before
-        rehearsal.finish()
+        return None
+    before = triton.runtime.jit_cache_hook
+    rehearsal = triton.runtime.jit_cache_hook = Rehearsal(device, before)
+    try:
+        function(*inputs)
+    finally:
+        triton.runtime.jit_cache_hook = before
+        rehearsal.threads.shutdown(wait=False)
+    return rehearsal

@@ -1,11 +1,9 @@
 """Attention on random heads of a picture's size, by any backend, as the forward calls it: to compile and to measure."""
 
 import contextlib
-import contextvars
 import functools
 import logging
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
 
@@ -13,7 +11,7 @@ from ..kernels import attention_fp8
 from ..kernels.attention import ATTENTION, AttentionRequest
 from ..kernels.heads import quantise_heads
 from ..kernels.registry import Backend
-from .rehearsal import rehearse
+from .rehearsal import Rehearsal, begun
 
 # A 1024x1024 picture with a short prompt. Smaller ones take what is best here: measured eagerly they would only show
 # what a launch costs.
@@ -43,9 +41,8 @@ class Trial:
         of_codes = functools.partial(attention_fp8.attention_of_codes, backend.name, *map(quantise_heads, (q, k)), v)
         return lambda *_: of_codes()
 
-    def compile(self, allowed_error: float) -> None:
-        """The kernels of all backends that "auto" may take, side by side. What fails here does so again where it is
-        measured, and is told of there."""
+    def compiling(self, allowed_error: float) -> Rehearsal | None:
+        """The kernels of all backends that "auto" may take."""
         able = [each for each in ATTENTION.backends.values() if each.error <= allowed_error and not each.fallback]
         able = [each for each in able if each.refusal(self.request) is None]
 
@@ -54,16 +51,22 @@ class Trial:
                 with contextlib.suppress(Exception):
                     self.function(backend)(*self.tensors, None)
 
-        try:
-            rehearse(call_all, (), self.request.device)
-        except Exception as error:
-            logging.info("Z-Image-Turbo: kernels of attention were not compiled side by side: %s", error)
+        return begun(call_all, (), self.request.device)
 
 
 @functools.cache
-def compiled(device: torch.device, dtype: torch.dtype, heads: int, head_dim: int, allowed_error: float) -> Future[None]:
-    """`Trial.compile` on a thread of its own, from the first call on."""
-    threads, context = ThreadPoolExecutor(1, "attention"), contextvars.copy_context()  # which says what node runs
-    begun = threads.submit(context.run, Trial(device, dtype, heads, head_dim).compile, allowed_error)
-    threads.shutdown(wait=False)
-    return begun
+def compiling(
+    device: torch.device, dtype: torch.dtype, heads: int, head_dim: int, allowed_error: float
+) -> Rehearsal | None:
+    """`Trial.compiling`, from the first call on."""
+    return Trial(device, dtype, heads, head_dim).compiling(allowed_error)
+
+
+@functools.cache
+def compiled(device: torch.device, dtype: torch.dtype, heads: int, head_dim: int, allowed_error: float) -> None:
+    """The end of `compiling`. What fails here does so again where it is measured, and is told of there."""
+    if rehearsal := compiling(device, dtype, heads, head_dim, allowed_error):
+        try:
+            rehearsal.wait()
+        except Exception as error:
+            logging.info("Z-Image-Turbo: kernels of attention were not compiled side by side: %s", error)

@@ -109,7 +109,7 @@ class TurboNextDiT(NextDiT):
         few = layouts.is_int4(self.context_refiner[0].attention.qkv.weight)
         others = [(context.new_zeros(1, length, context.shape[2]), compute) for length in LENGTHS if few]
         first, *later = given
-        others += later
+        others = [functools.partial(refine, *each) for each in others + later]
         return [rehearsed(refine, context.device, others)(*first), *(refine(*each) for each in later)]
 
     def compute(self, x: torch.Tensor, exact: bool = False) -> forward.Compute:

@@ -161,7 +161,7 @@ def foreseen(tmp_path, monkeypatch):
     monkeypatch.setattr(measured, "choices_file", lambda: tmp_path / "attention.json")
     monkeypatch.setattr(AttentionRequest, "key", "this machine")
     monkeypatch.setattr(measured, "measured_on", lambda device: True)
-    monkeypatch.setattr(measured, "compiled", lambda *given: asked.append(given))
+    monkeypatch.setattr(measured, "compiling", lambda *given: asked.append(given))
     backends = {name: registry.Backend(name, breaks, registry.no_refusal) for name in ("one", "another")}
     monkeypatch.setattr(measured.ATTENTION, "backends", backends)
     return asked
@@ -195,6 +195,7 @@ def test_what_is_measured_is_compiled_side_by_side(tmp_path, monkeypatch):
     ATTENTION.register("breaks", breaks, registry.no_refusal, preferred=True)
     monkeypatch.setattr(measured, "choices_file", lambda: tmp_path / "attention.json")
     measured.attention_backend.cache_clear()
+    trial.compiling.cache_clear()
     trial.compiled.cache_clear()
     made = forgotten(monkeypatch)
     assert measured.attention_backend("auto", torch.device("cuda:0"), torch.bfloat16, 30, 128, 0.06) != "breaks"

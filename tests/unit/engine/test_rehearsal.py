@@ -1,8 +1,8 @@
 """Compiling side by side: what Triton is told, and what stays as it was."""
 
 import contextlib
+import functools
 import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
@@ -16,23 +16,16 @@ CUDA = torch.device("cuda:0")
 
 
 class Kernel:
-    """Stands for a JITFunction and what it compiles: what it was asked for, on which threads, and which it launches."""
+    """Stands for a JITFunction: what it was to be compiled for, and on which threads. It cannot be launched."""
 
-    def __init__(self, error: Exception | None = None, kinds: tuple[str, ...] = ("*fp32", "i32")):
-        self.asked, self.threads, self.launchers, self.error = [], [], [], error
-        self.src = SimpleNamespace(signature=dict(enumerate(kinds)))
+    def __init__(self, error: Exception | None = None):
+        self.asked, self.threads, self.error = [], [], error
 
-    def preload(self, data: str) -> "Kernel":
+    def preload(self, data: str) -> None:
         self.asked.append(data)
         self.threads.append(threading.current_thread().name)
         if self.error:
             raise self.error
-        return self
-
-    @property
-    def run(self):
-        self.launchers.append(threading.current_thread().name)
-        return print
 
 
 @pytest.fixture(autouse=True)
@@ -56,23 +49,21 @@ def launch(hooks, kernel, data="8", module=norm.__name__, is_manual_warmup=False
 
 
 def test_kernels_are_compiled_on_threads_before_the_function_is_called_in_earnest(hooks):
-    kernel, left_out, launchers = Kernel(), [], []
+    kernel, left_out = Kernel(), []
 
     def function(x):
         left_out.append([launch(hooks, kernel, data) for data in ("8", "16", "8")])
-        launchers.append(len(kernel.launchers))
         return x + len(kernel.asked)
 
     before = hooks.jit_cache_hook
     result = rehearsal.rehearsed(function, CUDA)(torch.zeros(1))
     assert left_out == [[True, True, True], [False, False, False]]
-    assert sorted(kernel.asked) == ["16", "8"] and launchers == [0, 2]
-    assert all(name.startswith("compile") for name in kernel.threads + kernel.launchers)
+    assert sorted(kernel.asked) == ["16", "8"] and all(name.startswith("compile") for name in kernel.threads)
     assert result.item() == 2 and hooks.jit_cache_hook is before
 
 
 def test_what_may_follow_is_compiled_at_once(hooks):
-    """Of the calls with other inputs nothing is left but their kernels."""
+    """Of the other calls nothing is left but their kernels."""
     kernel, calls = Kernel(), []
 
     def function(x):
@@ -80,9 +71,27 @@ def test_what_may_follow_is_compiled_at_once(hooks):
         launch(hooks, kernel, str(len(x)))
         return x + 1
 
-    given, others = torch.zeros(3), [(torch.zeros(length),) for length in (1, 2)]
+    given, others = torch.zeros(3), [functools.partial(function, torch.zeros(length)) for length in (1, 2)]
     assert torch.equal(rehearsal.rehearsed(function, CUDA, others)(given), given + 1)
     assert calls == [3, 1, 2, 3] and sorted(kernel.asked) == ["1", "2", "3"]
+
+
+def test_who_begins_does_not_wait(hooks, monkeypatch):
+    compiling, goes_on = threading.Event(), threading.Event()
+    kernel, before = Kernel(RuntimeError("no ptxas")), hooks.jit_cache_hook
+
+    def preload(data):
+        compiling.set()
+        goes_on.wait(30)
+        Kernel.preload(kernel, data)
+
+    monkeypatch.setattr(kernel, "preload", preload, raising=False)
+    begun = rehearsal.begun(lambda: launch(hooks, kernel), (), CUDA)
+    assert compiling.wait(30) and not kernel.asked and hooks.jit_cache_hook is before
+    goes_on.set()
+    with pytest.raises(RuntimeError, match="no ptxas"):
+        begun.wait()
+    assert kernel.asked == ["8"]
 
 
 def test_the_lengths_of_prompts_need_all_kinds_of_int4_products():
@@ -106,36 +115,12 @@ def test_launches_that_are_not_left_out(hooks):
     assert seen == dict.fromkeys(seen, False) and len(seen) == 3
 
 
-def test_a_launcher_that_kernels_share_is_made_once(hooks, monkeypatch):
-    """Those of pointers to other types share one; who takes another number of arguments has one of its own."""
-    shared, other = Kernel(), Kernel(kinds=("*fp32", "i32", "i32"))
-    kernels = [shared, Kernel(kinds=("*bf16", "i32")), Kernel(kinds=("*u8", "i32")), other]
-    made, lock = [], threading.Lock()
-
-    def run(kernel):
-        with lock:
-            made.append((len(kernel.src.signature), threading.get_ident()))
-        time.sleep(0.2)
-
-    monkeypatch.setattr(Kernel, "run", property(run))
-    rehearsal.rehearsed(lambda: [launch(hooks, each, str(place)) for place, each in enumerate(kernels)], CUDA)()
-    threads = [thread for count, thread in made if count == 2]
-    assert len(threads) == 3 and len(set(threads)) == 1 and len(made) == 4
-
-
 def test_who_was_asked_before_is_asked_first(hooks):
     asked = []
     hooks.jit_cache_hook = lambda **given: asked.append(given["key"]) or True
     kernel = Kernel()
     rehearsal.rehearsed(lambda: launch(hooks, kernel), CUDA)()
     assert asked == ["8", "8"] and not kernel.asked
-
-
-def test_a_kernel_that_another_hook_leaves_out_has_no_launcher(hooks, monkeypatch):
-    monkeypatch.setattr(Kernel, "preload", lambda self, data: self.asked.append(data))
-    kernel = Kernel()
-    rehearsal.rehearsed(lambda: launch(hooks, kernel), CUDA)()
-    assert kernel.asked == ["8"] and not kernel.launchers
 
 
 def test_errors_come_up_and_leave_nothing_behind(hooks):

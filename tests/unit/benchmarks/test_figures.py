@@ -117,6 +117,17 @@ def test_speed_of_the_server(pack, page, gpu):
 
 
 @pytest.mark.parametrize("page", ["README.md", "README.zh.md"])
+def test_formats_of_the_host(pack, page):
+    lines = (pack / "benchmarks" / "results" / "server_formats_h100.txt").read_text(encoding="utf-8").splitlines()
+    rows = [re.split(r" {2,}", line) for line in lines if " nodes" in line and not line.startswith("#")]
+    (said,) = (line for line in paragraphs(pack / page) if "server_formats_h100.txt" in line)
+    assert len(rows) == 5
+    for row in rows:
+        seconds, mib, error, bound = row[4], row[7], float(row[9]), float(row[10])
+        assert error <= bound and f"{float(seconds):.2f} s" in said and f"{int(mib) / 1024:.1f} GiB" in said
+
+
+@pytest.mark.parametrize("page", ["README.md", "README.zh.md"])
 def test_the_first_start(pack, page):
     report = json.loads((pack / "benchmarks" / "results" / "server_first_start_h100.json").read_text(encoding="utf-8"))
     (entry,) = report["contestants"]

@@ -122,52 +122,48 @@ async def draw_reference(contestant: Contestant, plan: Plan) -> tuple[Gate, dict
 
 
 async def measure(contestant: Contestant, plan: Plan, gate: Gate) -> dict:
-    """Everything about one contestant. What it cannot do is said under "failed", in its rows where one fails."""
+    """Everything about one contestant. What it cannot do is said under "failed", in its rows where one fails.
+
+    Ours start twice. The second start is the one that is measured, as every later one will be like it: it finds what
+    the first, under "first_start" with no more than its first picture, has compiled and quantised.
+    """
     if contestant.needs_gpu and not plan.gpu:
         return {"skipped": "there is no GPU"}
     report, base = {}, prepare(contestant, plan)
+    if contestant.nodes == OURS:
+        picture = dataclasses.replace(plan, sizes=plan.sizes[:1], batches=plan.batches[:1], count=0, queued=0)
+        report["first_start"] = await _measure_start(contestant, picture, gate, base)
+        if "first_image_s" not in report["first_start"]:
+            return report
+    return report | await _measure_start(contestant, plan, gate, base)
+
+
+async def _measure_start(contestant: Contestant, plan: Plan, gate: Gate, base: Path) -> dict:
+    """A server from start to end: seconds until it answers and then to its first picture, and the rows."""
+    report = {"rows": []}
     with serving(contestant, plan, base) as (server, memory):
         try:
             server.wait_until_ready()
-            report |= {"start_s": memory.now(), "rows": []}
+            report["start_s"] = memory.now()
             async with Client.connected(server.url) as client:
                 await _measure_rows(report, contestant, plan, gate, client, memory, base)
         except BREAKDOWNS as error:  # the server has gone: what was measured before stays
             report["failed"] = _told(error, plan)
             print(server.log_tail(), file=sys.stderr)
         report["gpu_memory_by"] = memory.gpu_by
-    if contestant.nodes == OURS and "first_image_s" in report:
-        report["second_start"] = await _measure_second_start(contestant, plan, gate, base)
     return report
-
-
-async def _measure_second_start(contestant: Contestant, plan: Plan, gate: Gate, base: Path) -> dict:
-    """A new server where one has drawn before: seconds until it answers and then to its first picture."""
-    before = compiled(base)
-    with serving(contestant, plan, base) as (server, memory):
-        try:
-            server.wait_until_ready()
-            start = {"start_s": memory.now()}
-            async with Client.connected(server.url) as client:
-                graph = plan.graph(contestant, GATE_PROMPT, plan.sizes[0], plan.batches[0])
-                seconds, images = await client.timed(graph)
-                verdict = gate.judge(contestant.precision, contestant.yardstick, await client.picture(images[0]))
-        except BREAKDOWNS as error:
-            print(server.log_tail(), file=sys.stderr)
-            return {"failed": _told(error, plan)}
-    start |= {"error": verdict.error, "gate": verdict.held, "compiled": compiled(base) - before}
-    return start | ({"first_image_s": seconds} if verdict.held else {})
 
 
 async def _measure_rows(
     report: dict, contestant: Contestant, plan: Plan, gate: Gate, client: Client, memory: MemoryLog, base: Path
 ) -> None:
+    before = compiled(base)
     for index, (batch, size) in enumerate(plan.rows()):
         row = {"size": size, "batch": batch}
         report["rows"].append(row)
         since = memory.now()
         try:
-            await _measure_row(row, plan.numbers(index, batch), contestant, plan, gate, client, base)
+            await _measure_row(row, plan.numbers(index, batch), contestant, plan, gate, client)
         except BREAKDOWNS as error:
             row["failed"] = _told(error, plan)
             if not isinstance(error, PromptFailed):
@@ -179,14 +175,14 @@ async def _measure_rows(
             if "failed" in row:  # it could not load the models: every other row would say the same
                 return
             if row["gate"]:
-                report |= {"first_image_s": row["warm_up_s"], "compiled": row["compiled"]}
+                report |= {"first_image_s": row["warm_up_s"], "compiled": compiled(base) - before}
                 report["queue"] = await _measure_queue(contestant, plan, client)
 
 
 async def _measure_row(
-    row: dict, numbers: range, contestant: Contestant, plan: Plan, gate: Gate, client: Client, base: Path
+    row: dict, numbers: range, contestant: Contestant, plan: Plan, gate: Gate, client: Client
 ) -> None:
-    """The gate's prompt, which warms the size up, and only if its first picture is right the timed ones."""
+    """The gate's prompt, which warms the size up, and only if its picture is right the timed ones."""
 
     def graph(number: int) -> Graph:
         return plan.graph(contestant, number, row["size"], row["batch"])
@@ -196,13 +192,16 @@ async def _measure_row(
     row |= {"error": verdict.error, "bound": verdict.bound, "gate": verdict.held}
     if not verdict.held:
         return
-    row |= {"warm_up_s": seconds, "compiled": compiled(base)}
-    row["times_s"] = [(await client.timed(graph(number)))[0] for number in numbers]
-    row |= zip(("p20_s", "p50_s", "p80_s"), quantiles(row["times_s"]), strict=True)
+    row["warm_up_s"] = seconds
+    if numbers:
+        row["times_s"] = [(await client.timed(graph(number)))[0] for number in numbers]
+        row |= zip(("p20_s", "p50_s", "p80_s"), quantiles(row["times_s"]), strict=True)
 
 
-async def _measure_queue(contestant: Contestant, plan: Plan, client: Client) -> dict:
+async def _measure_queue(contestant: Contestant, plan: Plan, client: Client) -> dict | None:
     """Prompts of the first size and batch posted at once: when each was in the history, and the rate."""
+    if not plan.queued:
+        return None
     first = plan.numbers(len(plan.rows()), 1).start
     numbers = range(first, first + plan.queued)
     graphs = [plan.graph(contestant, number, plan.sizes[0], plan.batches[0]) for number in numbers]

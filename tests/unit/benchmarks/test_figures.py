@@ -17,15 +17,17 @@ CONTESTANTS = {
     "stock nodes": ("ComfyUI 0.30", "--gpu-only"), "stock nodes, --gpu-only": ("`--gpu-only`", ""),
     "our nodes, int4-fp8": ("`int4-fp8`", ""), "our nodes, fp8": ("`fp8`", ""),
 }  # fmt: skip
-COLUMNS = {"h100": 2, "h200": 4}  # of a table, counted from the bar that it begins with: 1024, then 512
+# Of tables, counted from the bar that they begin with: 1024, then 512.
+DENOISER = {"h100": 2, "h200": 4}
+SERVERS = {"h100": 2, "h100_slow_host": 4, "h200": 6}
 
 
-def cell(line: str, gpu: str, size: int) -> str:
-    return line.split("|")[COLUMNS[gpu] + {1024: 0, 512: 1}[size]].strip()
+def cell(line: str, column: int, size: int) -> str:
+    return line.split("|")[column + {1024: 0, 512: 1}[size]].strip()
 
 
 @pytest.mark.parametrize("page", ["README.md", "README.zh.md"])
-@pytest.mark.parametrize("gpu", COLUMNS)
+@pytest.mark.parametrize("gpu", DENOISER)
 def test_speed_of_the_denoiser(pack, page, gpu):
     rows = json.loads((pack / "benchmarks" / "results" / f"denoise_{gpu}.json").read_text(encoding="utf-8"))["rows"]
     lines = [line for line in (pack / page).read_text(encoding="utf-8").splitlines() if line.startswith("| ")]
@@ -33,7 +35,7 @@ def test_speed_of_the_denoiser(pack, page, gpu):
     assert {row["what"] for row in shown} >= {"host bf16", "ours bf16", "ours fp8", "ours int4-fp8"}
     for row in shown:
         line = next(line for line in lines if LABELS[row["what"]] in line and " ms |" in line)
-        assert row["gate"] and cell(line, gpu, row["size"]) == f"{row['denoise_ms']:,.0f} ms"
+        assert row["gate"] and cell(line, DENOISER[gpu], row["size"]) == f"{row['denoise_ms']:,.0f} ms"
         if row["size"] == 1024:
             assert f"{100 * row['error']:.1f} %" in line
 
@@ -98,22 +100,18 @@ def test_quantised_denoisers_are_within_the_bounds_of_today(pack):
 
 
 @pytest.mark.parametrize("page", ["README.md", "README.zh.md"])
-@pytest.mark.parametrize("gpu", COLUMNS)
-def test_speed_of_the_server(pack, page, gpu):
+@pytest.mark.parametrize("machine", SERVERS)
+def test_speed_of_the_server(pack, page, machine):
     """A line holds a contestant's name, and not what tells another one from it."""
-    report = json.loads((pack / "benchmarks" / "results" / f"server_{gpu}.json").read_text(encoding="utf-8"))
-    text = (pack / page).read_text(encoding="utf-8")
-    lines = [line for line in text.splitlines() if line.startswith("| ") and " s |" in line]
+    report = json.loads((pack / "benchmarks" / "results" / f"server_{machine}.json").read_text(encoding="utf-8"))
+    lines = (pack / page).read_text(encoding="utf-8").splitlines()
+    lines = [line for line in lines if line.startswith("| ") and " s |" in line]
     assert {entry["name"] for entry in report["contestants"]} == set(CONTESTANTS)
     for entry in report["contestants"]:
         name, other = CONTESTANTS[entry["name"]]
         (line,) = (line for line in lines if name in line and not (other and other in line))
         for row in entry["rows"]:
-            assert row["gate"] and cell(line, gpu, row["size"]) == f"{row['p50_s']:.2f} s"
-        if "second_start" in entry and gpu == "h100":
-            assert f"{entry['first_image_s']:.0f} s" in text
-            assert f"{entry['second_start']['first_image_s']:.1f} s" in text
-            assert entry["second_start"]["compiled"] == 0
+            assert row["gate"] and cell(line, SERVERS[machine], row["size"]) == f"{row['p50_s']:.2f} s"
 
 
 @pytest.mark.parametrize("page", ["README.md", "README.zh.md"])
@@ -128,11 +126,16 @@ def test_formats_of_the_host(pack, page):
 
 
 @pytest.mark.parametrize("page", ["README.md", "README.zh.md"])
-def test_the_first_start(pack, page):
-    report = json.loads((pack / "benchmarks" / "results" / "server_first_start_h100.json").read_text(encoding="utf-8"))
-    (entry,) = report["contestants"]
+def test_the_first_start_and_the_second(pack, page):
+    results = pack / "benchmarks" / "results"
     (line,) = (line for line in paragraphs(pack / page) if "server_first_start_h100.json" in line)
-    assert entry["rows"][0]["gate"] and entry["compiled"] and f" {entry['first_image_s']:.0f} s" in line
+    (entry,) = json.loads((results / "server_first_start_h100.json").read_text(encoding="utf-8"))["contestants"]
+    slow = json.loads((results / "server_h100_slow_host.json").read_text(encoding="utf-8"))["contestants"]
+    starts = [(entry, entry["second_start"]), *((each["first_start"], each) for each in slow if "first_start" in each)]
+    assert len(starts) == 3
+    for first, second in starts:
+        assert first["rows"][0]["gate"] and first["compiled"] and f" {first['first_image_s']:.0f} s" in line
+        assert second["compiled"] == 0 and f" {second['first_image_s']:.1f} s" in line
 
 
 @pytest.mark.parametrize("page", ["README.md", "README.zh.md"])

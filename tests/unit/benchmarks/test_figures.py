@@ -1,5 +1,6 @@
 """The figures in the READMEs are those of benchmarks/results."""
 
+import itertools
 import json
 import re
 
@@ -141,8 +142,8 @@ def test_the_first_start_and_the_second(pack, page):
 @pytest.mark.parametrize("page", ["README.md", "README.zh.md"])
 def test_memory(pack, page):
     results, text = pack / "benchmarks" / "results", (pack / page).read_text(encoding="utf-8")
-    for cap in (8, 6):
-        report = json.loads((results / f"memory_{cap}gib_h100.json").read_text(encoding="utf-8"))
+    for cap, gpu in itertools.product((8, 6), ("h100", "h200")):
+        report = json.loads((results / f"memory_{cap}gib_{gpu}.json").read_text(encoding="utf-8"))
         assert {run["precision"] for run in report["runs"]} == {"int4", "int4-fp8"}
         assert not any("failed" in run for run in report["runs"])
         assert cap == 6 or all(run["all_resident"] for run in report["runs"])

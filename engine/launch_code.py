@@ -13,11 +13,13 @@ class Compiled(Exception):
 
 
 def compile_ahead(kernel: Any) -> None:
-    """Compile the C of a compiled kernel into Triton's cache on disk. A Triton that is made otherwise than its versions
-    3.4 to 3.6 does so by itself or has no C. Raises what compiling raises."""
+    """Compile the C of a compiled kernel into Triton's cache on disk, if Triton is made as its versions 3.4 to 3.6 are.
+    Raises what compiling raises."""
     construct = importlib.import_module("triton.runtime").driver.active.launcher_cls.__init__
-    compiling = construct.__globals__.get("compile_module_from_src")
-    if "_load_module_from_path" not in getattr(compiling, "__globals__", ()):
+    if "compile_module_from_src" not in construct.__code__.co_names:
+        return
+    compiling = construct.__globals__["compile_module_from_src"]
+    if "_load_module_from_path" not in compiling.__code__.co_names:
         return
     compiling = _copy(compiling, _load_module_from_path=_leave)
     with contextlib.suppress(Compiled):

@@ -1,7 +1,5 @@
 """The C that Triton launches kernels with, on a stand-in made as Triton 3.6 is: it compiles, keeps, loads, launches."""
 
-import importlib
-import sys
 from types import SimpleNamespace
 
 import pytest
@@ -9,7 +7,7 @@ import pytest
 from zimage_turbo.engine import launch_code
 
 KERNEL = SimpleNamespace(src="signature", metadata=SimpleNamespace(scratch=4))
-TRITON = """
+BUILD = """
 kept, compiled, loaded = {}, [], []
 def _load_module_from_path(name, path):
     loaded.append(path)
@@ -21,50 +19,60 @@ def compile_module_from_src(src, name="launcher", *, directories=None):
     return _load_module_from_path(name, kept[src])
 """
 DRIVER = """
-from build import compile_module_from_src
 class Launcher:
     def __init__(self, src, metadata):
         self.launch = compile_module_from_src(f"{src} {metadata.scratch}", directories=["include/"])
 """
+WITHOUT_C = """
+class Launcher:
+    def __init__(self, src, metadata):
+        self.launch = f"{src} {metadata.scratch}"
+"""
 
 
 @pytest.fixture
-def triton(tmp_path, monkeypatch):
-    """The stand-in's modules."""
-    monkeypatch.syspath_prepend(tmp_path)
-    for name, text in {"build": TRITON, "driver": DRIVER}.items():
-        (tmp_path / f"{name}.py").write_text(text)
-        monkeypatch.delitem(sys.modules, name, raising=False)
-    build, driver = importlib.import_module("build"), importlib.import_module("driver")
-    runtime = SimpleNamespace(driver=SimpleNamespace(active=SimpleNamespace(launcher_cls=driver.Launcher)))
-    modules = {"triton.runtime": runtime}
-    monkeypatch.setattr(launch_code, "importlib", SimpleNamespace(import_module=modules.__getitem__))
-    yield SimpleNamespace(build=build, driver=driver)
-    for name in ("build", "driver"):
-        monkeypatch.delitem(sys.modules, name)
+def triton(monkeypatch):
+    """Makes the stand-in of its two modules; what the first one's names mean, and what launches."""
+
+    def make(build: str, driver: str) -> SimpleNamespace:
+        module = {}
+        exec(build, module)
+        names = {"compile_module_from_src": module["compile_module_from_src"]}
+        exec(driver, names)
+        runtime = SimpleNamespace(driver=SimpleNamespace(active=SimpleNamespace(launcher_cls=names["Launcher"])))
+        found = {"triton.runtime": runtime}
+        monkeypatch.setattr(launch_code, "importlib", SimpleNamespace(import_module=found.__getitem__))
+        return SimpleNamespace(module=module, Launcher=names["Launcher"])
+
+    return make
 
 
 def test_it_is_compiled_and_not_loaded(triton):
+    made = triton(BUILD, DRIVER)
     for _ in range(2):
         launch_code.compile_ahead(KERNEL)
-    assert triton.build.compiled == ["signature 4"] and not triton.build.loaded
-    launcher = triton.driver.Launcher(KERNEL.src, KERNEL.metadata)
-    assert launcher.launch == "INCLUDE/SIGNATURE 4" and triton.build.loaded == ["include/signature 4"]
-    assert triton.build.compiled == ["signature 4"]
+    assert made.module["compiled"] == ["signature 4"] and not made.module["loaded"]
+    launcher = made.Launcher(KERNEL.src, KERNEL.metadata)
+    assert launcher.launch == "INCLUDE/SIGNATURE 4" and made.module["loaded"] == ["include/signature 4"]
+    assert made.module["compiled"] == ["signature 4"]
 
 
 def test_errors_of_the_compiler_come_up(triton):
-    def refuse(*given, **named):
+    def refuse(source):
         raise FileNotFoundError("gcc")
 
-    triton.build.compiled = SimpleNamespace(append=refuse)
+    triton(BUILD, DRIVER).module["compiled"] = SimpleNamespace(append=refuse)
     with pytest.raises(FileNotFoundError, match="gcc"):
         launch_code.compile_ahead(KERNEL)
 
 
-@pytest.mark.parametrize("absent", ["build._load_module_from_path", "driver.compile_module_from_src"])
-def test_a_triton_that_is_made_otherwise_is_left_alone(triton, absent):
-    module, name = absent.split(".")
-    delattr(getattr(triton, module), name)
+@pytest.mark.parametrize(
+    ("build", "driver"),
+    [(BUILD.replace("_load_module_from_path", "_load"), DRIVER), (BUILD, WITHOUT_C)],
+    ids=["loads otherwise", "without C, as 3.7"],
+)
+def test_a_triton_that_is_made_otherwise_is_left_alone(triton, build, driver):
+    made = triton(build, driver)
     launch_code.compile_ahead(KERNEL)
-    assert not triton.build.compiled
+    assert not made.module["compiled"] and not made.module["loaded"]
+    assert made.Launcher(KERNEL.src, KERNEL.metadata).launch

@@ -118,6 +118,7 @@ def batches(report: dict, axes) -> None:
     axes.set_xticks(sorted({row["batch"] for entry in report["contestants"] for row in timed_rows(entry)}))
     axes.set_xlabel("pictures drawn at once")
     axes.set_ylabel("s a picture (p50)")
+    axes.set_ylim(bottom=0)
 
 
 def memory(report: dict, axes) -> None:
@@ -143,6 +144,7 @@ def denoise_batches(report: dict, axes) -> None:
     axes.set_xticks(sorted({row["batch"] for row in rows}))
     axes.set_xlabel("pictures computed at once")
     axes.set_ylabel("ms a picture, eight evaluations (p50)")
+    axes.set_ylim(bottom=0)
 
 
 def phases(report: dict, axes) -> None:
